@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError, Registry, SLMError, pick_precision
+from .attention import compute_dtype
+from .config import ConfigError, Registry, SLMError, check_ranges, check_types, pick_precision
 
 # %% auto #0
-__all__ = ['NEWTON_SCHULZ', 'SCHEDULES', 'OPTIMIZERS', 'LOWEST', 'logsumexp', 'cross_entropy', 'nats_to_bits_per_byte',
-           'linear_nll', 'linear_cross_entropy', 'Optimizer', 'AdamW', 'orthogonalize', 'Muon', 'constant',
-           'warmup_stable_decay', 'cosine', 'lr_factor', 'TrainConfig', 'check_train_config', 'adamw_parts',
-           'is_hidden_matrix', 'OptimizerList', 'build_optimizer', 'optimizer_tensors', 'load_optimizer_tensors',
-           'clip_grad_norm']
+__all__ = ['NEWTON_SCHULZ', 'SCHEDULES', 'OPTIMIZERS', 'MANY', 'TRAIN_RANGES', 'logsumexp', 'cross_entropy',
+           'nats_to_bits_per_byte', 'linear_nll', 'linear_cross_entropy', 'Optimizer', 'AdamW', 'orthogonalize', 'Muon',
+           'clip_grad_norm', 'lr_factor', 'TrainConfig', 'is_hidden_matrix', 'OptimizerList', 'build_optimizer',
+           'optimizer_tensors', 'load_optimizer_tensors']
 
 # %% ../nbs/50_optim.ipynb #cd876a2f
 def logsumexp(z: Tensor) -> Tensor:
@@ -52,13 +52,14 @@ def _rows(h: Tensor, weight: Tensor, y: Tensor, softcap: float | None) -> tuple[
     z = (h @ weight.T).float()
     squash = torch.tanh(z / softcap) if softcap else None
     z = softcap * squash if softcap else z
-    log_p = z.log_softmax(-1)
-    losses = -log_p.gather(-1, y[:, None]).squeeze(-1)
-    grad = log_p.exp_()
+    top, score = z.amax(-1, keepdim=True), z.gather(-1, y[:, None])
+    p = z.sub_(top).exp_()
+    total = p.sum(-1, keepdim=True)
+    grad = p.div_(total)
     grad[torch.arange(len(y), device=y.device), y] -= 1
-    return losses, grad.mul_(1 - squash**2) if softcap else grad
+    return (top + total.log() - score).squeeze(-1), grad.mul_(1 - squash**2) if softcap else grad
 
-
+# %% ../nbs/50_optim.ipynb #f54ccd91
 class _LinearCrossEntropy(torch.autograd.Function):
     "Loss and both gradients in one sweep over row chunks; the backward pass only scales what the forward pass kept."
 
@@ -83,21 +84,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return d_hidden * upstream, d_weight * upstream, None, None, None, None
 
 # %% ../nbs/50_optim.ipynb #d563d968
-def _compute_dtype(t: Tensor) -> torch.dtype:
-    "The type products run in: autocast's where it is on, otherwise the tensor's own."
-    kind = t.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else t.dtype
-
-
 @torch.no_grad()
 def linear_nll(hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int = 512, softcap: float | None = None) -> Tensor:
     "−ln p of each label in nats, (N,): hidden (N, D), weight (V, D), labels (N,) all targets. No gradients, never all logits."
-    dtype = _compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     h, w = hidden.to(dtype), weight.to(dtype)
     parts = [_rows(h[i:i + chunk], w, labels[i:i + chunk], softcap)[0] for i in range(0, len(h), chunk)]
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
 
-
+# %% ../nbs/50_optim.ipynb #42567a87
 def linear_cross_entropy(
     hidden: Tensor,  # (…, D), after the model's last norm
     weight: Tensor,  # (V, D), the output head
@@ -111,13 +106,13 @@ def linear_cross_entropy(
     h, y = hidden[has_target], labels[has_target]
     if not torch.is_grad_enabled():
         return linear_nll(h, weight, y, chunk, softcap).sum()
-    return _LinearCrossEntropy.apply(h, weight, y, chunk, softcap, _compute_dtype(hidden))
+    return _LinearCrossEntropy.apply(h, weight, y, chunk, softcap, compute_dtype(hidden))
 
 # %% ../nbs/50_optim.ipynb #303718dc
 class Optimizer:
     "Plain gradient descent, and what every optimizer shares: named parameters, one learning rate, a state of named tensors."
 
-    slots: tuple[str, ...] = ()  # names of the tensors kept for each parameter
+    slots: tuple[str, ...] = ()  # what is kept for each parameter
 
     def __init__(self, params: dict[str, Tensor], lr: float):
         self.params, self.lr = dict(params), lr
@@ -210,151 +205,149 @@ class Muon(Optimizer):
             shapes.setdefault(tuple(sorted(self.params[name].shape)), []).append(name)
         for group in shapes.values():
             turned = orthogonalize(torch.stack([self.direction(name) for name in group]), self.rounds, self.dtype)
-            for name, change in zip(group, turned):
+            for name, change in zip(group, turned, strict=True):
                 p = self.params[name]
                 rows, cols = p.shape
                 p.mul_(1 - lr * self.weight_decay).sub_(change.mT if rows > cols else change, alpha=lr * max(1, rows / cols) ** 0.5)
 
 # %% ../nbs/50_optim.ipynb #c24f38d2
+@torch.no_grad()
+def clip_grad_norm(params: list[Tensor], max_norm: float) -> Tensor:
+    "The norm of all gradients together, which are scaled down to `max_norm` where it is larger; equal to PyTorch's function."
+    grads = [p.grad for p in params if p.grad is not None]
+    norm = torch.stack([g.norm() for g in grads]).norm()
+    for g in grads:
+        g.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+# %% ../nbs/50_optim.ipynb #5640981e
 SCHEDULES = Registry("schedule")  # name → factor(step, config), step counted from 0
 
 
 @SCHEDULES.register("constant")
-def constant(step: int, config: TrainConfig) -> float:
-    "1 at every step after the warm-up."
+def _constant(step: int, config: TrainConfig) -> float:
     return 1.0
 
 
 @SCHEDULES.register("wsd")
-def warmup_stable_decay(step: int, config: TrainConfig) -> float:
-    "1, then a straight line that reaches zero just after the last step."
+def _warmup_stable_decay(step: int, config: TrainConfig) -> float:
     return min(1.0, (config.steps - step) / max(1, round(config.decay_fraction * config.steps)))
 
 
 @SCHEDULES.register("cosine")
-def cosine(step: int, config: TrainConfig) -> float:
-    "Half a cosine from 1 at the end of the warm-up to zero just after the last step."
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
+def _cosine(step: int, config: TrainConfig) -> float:
+    done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * max(0.0, done)))
 
 
 def lr_factor(step: int, config: TrainConfig) -> float:
-    "What step `step` (counted from 0) multiplies every learning rate by: warm-up times the schedule."
-    return min(1.0, (step + 1) / (config.warmup_steps + 1)) * SCHEDULES[config.schedule](step, config)
+    "What step `step` (counted from 0) multiplies every learning rate by: the warm-up times the schedule."
+    return min(1.0, (step + 1) / (config.warmup_steps + 1)) * SCHEDULES.get_or_raise(config.schedule)(step, config)
 
-# %% ../nbs/50_optim.ipynb #119958ff
+# %% ../nbs/50_optim.ipynb #b31e1207
 OPTIMIZERS = Registry("optimizer")  # name → function(named parameters, config, dtype) → list of Optimizer
+MANY = 2**31
+TRAIN_RANGES = {
+    "steps": (1, MANY), "batch_size": (1, MANY), "micro_batch_size": (1, MANY), "context_length": (1, 2**24), "lr": (0.0, 10.0),
+    "muon_lr": (0.0, 10.0), "weight_decay": (0.0, 10.0), "beta1": (0.0, 0.9999), "beta2": (0.0, 0.999999), "momentum": (0.0, 0.9999),
+    "grad_clip": (1e-6, 1e9), "warmup_steps": (0, MANY), "decay_fraction": (0.0, 1.0), "seed": (0, 2**32 - 1), "max_bad_steps": (1, MANY),
+    "log_every": (1, MANY), "eval_every": (1, MANY), "sample_every": (1, MANY), "save_every": (1, MANY), "save_seconds": (0.0, 1e9),
+    "keep": (1, MANY),
+}  # lowest and highest value of each number
 
 
+def _check(config: TrainConfig) -> None:
+    check_types(config)
+    check_ranges(config, TRAIN_RANGES)
+    OPTIMIZERS.get_or_raise(config.optimizer)
+    SCHEDULES.get_or_raise(config.schedule)
+    pick_precision(config.precision)
+    if config.warmup_steps >= config.steps:
+        raise ConfigError(f"warmup_steps is {config.warmup_steps}, but the run has only {config.steps} steps: warm up for fewer, or train for more")
+
+# %% ../nbs/50_optim.ipynb #d059a281
 @dataclass(frozen=True)
 class TrainConfig:
-    "All choices of a training run that are not the model's or the data's. Rates are per step, intervals in steps or seconds."
+    "All choices of a training run that are neither the model's nor the data's. Rates are per step."
 
     steps: int = 1000
-    batch_size: int = 16  # sequences per step
-    micro_batch_size: int | None = None  # sequences per forward pass (None: all at once); the gradients are the same
-    context_length: int = 256  # tokens per sequence
-    optimizer: str = "muon"  # "muon" (AdamW for embeddings, head and vectors) or "adamw"
+    batch_size: int = 16  # sequences a step
+    micro_batch_size: int | None = None  # sequences a forward pass, None: all at once; the gradient is the same
+    context_length: int = 256  # tokens a sequence
+    optimizer: str = "muon"  # "muon" (and AdamW for embeddings, head and vectors) or "adamw"
     lr: float = 3e-3  # of AdamW
     muon_lr: float = 0.02
     weight_decay: float = 0.01  # of matrices; vectors are never decayed
     beta1: float = 0.9
     beta2: float = 0.95
     momentum: float = 0.95  # of Muon
-    grad_clip: float = 1.0  # largest norm of the whole gradient
-    schedule: str = "wsd"
+    grad_clip: float = 1.0  # longest gradient
+    schedule: str = "wsd"  # "wsd", "cosine" or "constant"
     warmup_steps: int = 20
     decay_fraction: float = 0.3  # of all steps, for "wsd"
     precision: str = "auto"  # "auto", "bfloat16" or "float32"
     seed: int = 0
-    max_bad_steps: int = 5  # consecutive steps with a loss or gradient that is not finite, before giving up
+    max_bad_steps: int = 5  # steps in a row whose loss or gradient is not finite, before giving up
     log_every: int = 1
-    eval_every: int | None = None
+    eval_every: int | None = None  # None: after the last step only
     sample_every: int | None = None
     save_every: int | None = None  # steps
-    save_seconds: float | None = 60.0
-    keep: int = 2  # newest checkpoints kept
+    save_seconds: float | None = 60.0  # whichever comes first
+    keep: int = 2  # newest checkpoints that stay
 
     def __post_init__(self):
-        for name, low in LOWEST.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value < math.inf:
-                raise ConfigError(f"TrainConfig.{name} is {value}: it must be a finite number, at least {low}.")
-        check_train_config(self)
+        _check(self)
 
-
-LOWEST = dict(steps=1, batch_size=1, micro_batch_size=1, context_length=1, lr=0, muon_lr=0, weight_decay=0, beta1=0, beta2=0, momentum=0,
-              grad_clip=0, warmup_steps=0, decay_fraction=0, seed=0, max_bad_steps=1, log_every=1, eval_every=1, sample_every=1, save_every=1,
-              save_seconds=0, keep=1)  # the smallest value each number may take
-
-
-def check_train_config(config: TrainConfig) -> None:
-    "Refuse names that do not exist and numbers that do not fit together, one sentence each."
-    OPTIMIZERS.get_or_raise(config.optimizer)
-    SCHEDULES.get_or_raise(config.schedule)
-    if config.precision not in ("auto", "bfloat16", "float32"):
-        raise ConfigError(f"TrainConfig.precision is '{config.precision}': choose auto, bfloat16 or float32.")
-    for name in ("beta1", "beta2", "momentum", "decay_fraction"):
-        if getattr(config, name) > 1 or (getattr(config, name) == 1 and name != "decay_fraction"):
-            raise ConfigError(f"TrainConfig.{name} is {getattr(config, name)}: it is a fraction, and must be below 1.")
-    if config.warmup_steps >= config.steps:
-        raise ConfigError(f"TrainConfig.warmup_steps is {config.warmup_steps}, with only {config.steps} steps: warm up for fewer, or train for more.")
-
-# %% ../nbs/50_optim.ipynb #5640981e
-def adamw_parts(params: dict[str, Tensor], config: TrainConfig) -> list[Optimizer]:
-    "AdamW for matrices with weight decay, and for vectors (norms, biases) without."
-    matrices = {name: p for name, p in params.items() if p.ndim >= 2}
-    vectors = {name: p for name, p in params.items() if p.ndim < 2}
-    make = lambda some, decay: AdamW(some, config.lr, (config.beta1, config.beta2), weight_decay=decay)
-    return [make(matrices, config.weight_decay), make(vectors, 0.0)]
+# %% ../nbs/50_optim.ipynb #0635398b
+def is_hidden_matrix(name: str, p: Tensor) -> bool:
+    "Whether Muon should turn it: a matrix between hidden vectors, not a table of embeddings and not the output head."
+    return p.ndim == 2 and name.split(".")[0] not in ("embed", "pos_embed", "head")
 
 
 @OPTIMIZERS.register("adamw")
 def _adamw(params: dict[str, Tensor], config: TrainConfig, dtype: torch.dtype) -> list[Optimizer]:
-    return adamw_parts(params, config)
+    matrices = {name: p for name, p in params.items() if p.ndim >= 2}
+    vectors = {name: p for name, p in params.items() if p.ndim < 2}
+    betas = (config.beta1, config.beta2)
+    return [AdamW(matrices, config.lr, betas, weight_decay=config.weight_decay), AdamW(vectors, config.lr, betas)]
 
 
 @OPTIMIZERS.register("muon")
 def _muon(params: dict[str, Tensor], config: TrainConfig, dtype: torch.dtype) -> list[Optimizer]:
     hidden = {name: p for name, p in params.items() if is_hidden_matrix(name, p)}
     rest = {name: p for name, p in params.items() if name not in hidden}
-    return [Muon(hidden, config.muon_lr, config.momentum, config.weight_decay, dtype=dtype), *adamw_parts(rest, config)]
+    return [Muon(hidden, config.muon_lr, config.momentum, config.weight_decay, dtype=dtype), *_adamw(rest, config, dtype)]
 
-
-def is_hidden_matrix(name: str, p: Tensor) -> bool:
-    "Whether Muon should train it: a matrix between hidden vectors, no table of embeddings and no output head."
-    return p.ndim == 2 and name.split(".")[0] not in ("embed", "pos_embed", "head")
-
-
+# %% ../nbs/50_optim.ipynb #b9893848
 class OptimizerList:
-    "Several optimizers that step together, with their states in one flat dict."
+    "Several optimizers that step together; their states are one flat dict."
 
     def __init__(self, parts: list[Optimizer]):
         self.parts = [part for part in parts if part.params]
 
     def zero_grad(self) -> None:
         "Forget all gradients."
-        for part in self.parts:
-            part.zero_grad()
+        for part in self.parts: part.zero_grad()
 
     def step(self, factor: float = 1.0) -> None:
-        "One step of each, at `factor` times its own learning rate."
-        for part in self.parts:
-            part.step(factor)
+        "One step of each part, at `factor` times its own learning rate."
+        for part in self.parts: part.step(factor)
 
     def tensors(self) -> dict[str, Tensor]:
-        "All live states, flat."
+        "All live states."
         return {name: t for part in self.parts for name, t in part.tensors().items()}
 
-
+# %% ../nbs/50_optim.ipynb #4e341d58
 def build_optimizer(model: nn.Module, config: TrainConfig) -> OptimizerList:
     "The optimizer that the config names, over every parameter of `model` that requires a gradient."
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    device = next(model.parameters()).device
-    dtype = torch.bfloat16 if pick_precision(config.precision, device) == "bfloat16" else torch.float32
+    if not params:
+        raise ConfigError("no parameter of this model requires a gradient, so there is nothing to train: unfreeze some")
+    precision = pick_precision(config.precision, next(iter(params.values())).device)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     return OptimizerList(OPTIMIZERS.get_or_raise(config.optimizer)(params, config, dtype))
 
-# %% ../nbs/50_optim.ipynb #b31e1207
+# %% ../nbs/50_optim.ipynb #3c214c55
 def optimizer_tensors(opt: Optimizer | OptimizerList) -> dict[str, Tensor]:
     "A copy of the optimizer's state as flat named tensors, ready for a safetensors file."
     return {name: t.detach().clone() for name, t in opt.tensors().items()}
@@ -362,20 +355,10 @@ def optimizer_tensors(opt: Optimizer | OptimizerList) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_optimizer_tensors(opt: Optimizer | OptimizerList, tensors: dict[str, Tensor]) -> None:
-    "Put a saved state back, in place; refuses any tensor too many, too few or of another shape."
+    "Put a saved state back, in place. Raises SLMError for a tensor too many, too few, or of another shape."
     live = opt.tensors()
     wrong = sorted(live.keys() ^ tensors.keys()) or [name for name, t in live.items() if t.shape != tensors[name].shape]
     if wrong:
-        raise SLMError(f"the saved optimizer state does not fit this optimizer at '{wrong[0]}': resume with the config it was saved with.")
+        raise SLMError(f"the saved optimizer state does not fit this optimizer at '{wrong[0]}': resume with the config it was saved with")
     for name, t in live.items():
         t.copy_(tensors[name])
-
-# %% ../nbs/50_optim.ipynb #0635398b
-@torch.no_grad()
-def clip_grad_norm(params: list[Tensor], max_norm: float) -> Tensor:
-    "The norm of all gradients together, before they are scaled down to `max_norm` where it is larger; equal to PyTorch's."
-    grads = [p.grad for p in params if p.grad is not None]
-    norm = torch.stack([g.norm() for g in grads]).norm()
-    for g in grads:
-        g.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
-    return norm
