@@ -19,7 +19,7 @@ from .scores import attention_weights, document_mask, padding_mask, sliding_wind
 # %% auto #0
 __all__ = ['POSITIONS', 'token_positions', 'rope_frequencies', 'rope_rotation', 'apply_rope', 'alibi_slopes', 'alibi_bias',
            'Position', 'RotaryPosition', 'AlibiPosition', 'AttentionError', 'LearnedPosition', 'KVCache', 'RMSNorm',
-           'AttentionContext', 'attention_context', 'compute_dtype', 'HeadProjections', 'Attention']
+           'AttentionContext', 'attention_context', 'compute_dtype', 'HeadProjections', 'Attention', 'use_kernel']
 
 # %% ../nbs/21_attention.ipynb #08038f5f
 def token_positions(
@@ -51,7 +51,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 # %% ../nbs/21_attention.ipynb #666c20c6
 def alibi_slopes(n_head: int) -> Tensor:
-    "(H,) penalties for each token of distance: 2^(−8h/H) for a power of two, interleaved from the next power otherwise. *Train Short, Test Long*."
+    "(H,) penalties for each token of distance: 2^(−8h/H) for a power of two, else interleaved. *Train Short, Test Long*."
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * (h + 1) / power) for h in range(power)]
     extra = [2 ** (-4 * (2 * h + 1) / power) for h in range(n_head - power)]
@@ -137,7 +137,8 @@ class KVCache:
         "Store keys and values (B, Hkv, T, K) behind the first `length` ones; return everything stored, (B, Hkv, S, K)."
         end = self.length + k.shape[2]
         if end > self.max_length:
-            raise AttentionError(f"the cache has room for {self.max_length} tokens but {end} are needed: make it longer with new_cache(batch, max_length)")
+            raise AttentionError(f"the cache has room for {self.max_length} tokens but {end} are needed: "
+                                 "make it longer with new_cache(batch, max_length)")
         self.keys[layer, :, :, self.length:end], self.values[layer, :, :, self.length:end] = k, v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
@@ -213,7 +214,8 @@ class HeadProjections(nn.Module):
 
     def project(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         "x (B, T, D) → queries (B, H, T, K), keys and values (B, Hkv, T, K); queries and keys normalised and turned where asked."
-        q, k, v = self.heads(self.q_proj(x), self.n_head), self.heads(self.k_proj(x), self.n_kv_head), self.heads(self.v_proj(x), self.n_kv_head)
+        q, k = self.heads(self.q_proj(x), self.n_head), self.heads(self.k_proj(x), self.n_kv_head)
+        v = self.heads(self.v_proj(x), self.n_kv_head)
         if self.q_norm is not None: q, k = self.q_norm(q), self.k_norm(k)
         return (q, k, v) if rotation is None else (apply_rope(q, *rotation), apply_rope(k, *rotation), v)
 
@@ -233,3 +235,11 @@ class Attention(HeadProjections):
         if context.cache is not None: k, v = (t.to(q.dtype) for t in context.cache.append(layer, k, v))
         y = KERNELS[self.kernel](q, k, v, context.mask, context.is_causal, self.dropout if self.training else 0.0)
         return self.o_proj(y.transpose(1, 2).flatten(2))
+
+# %% ../nbs/21_attention.ipynb #83fa9416
+def use_kernel(model: nn.Module, kernel: str) -> nn.Module:
+    "Let every `Attention` inside `model` compute with one of `KERNELS`; returns the model."
+    KERNELS.get_or_raise(kernel)
+    for part in model.modules():
+        if isinstance(part, Attention): part.kernel = kernel
+    return model

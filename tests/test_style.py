@@ -150,7 +150,7 @@ def exported_names(nb: Notebook) -> dict[str, Cell]:
 
 
 def registered_as(nb: Notebook) -> dict[str, set[str]]:
-    """Names under which decorators such as `@NORMS.register("rmsnorm")` make a definition known: using the string is using it."""
+    """Names under which decorators such as `@NORMS.register("rmsnorm")` make a definition known: a string with that word uses it."""
     known: dict[str, set[str]] = {}
     for _, node in definitions(nb):
         texts = {arg.value for deco in node.decorator_list if isinstance(deco, ast.Call) for arg in deco.args
@@ -166,8 +166,8 @@ def mentions(cell: Cell) -> set[str]:
             words.add(node.id)
         elif isinstance(node, ast.Attribute):
             words.add(node.attr)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) < 40:
-            words.add(f"'{node.value}'")
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            words.update(f"'{word}'" for word in re.findall(r"[\w.-]+", node.value))
     return words
 
 
