@@ -161,7 +161,7 @@ def measure_text(lm: object, source: str, max_docs: int) -> dict:
 
 def measure_judge(lm: object, n: int, seed: int, **settings) -> dict:
     """The judge's score of a model's answers to `n` held-out prompts: overall, low, high, and each criterion."""
-    from slm.storyworld import eval_prompts, judge, judge_score
+    from slm.judge import eval_prompts, judge, judge_score
     prompts = eval_prompts(seed, n)
     answers = lm.chat_batch(prompts, seed=seed, **settings)
     return judge_score([judge(prompt, answer) for prompt, answer in zip(prompts, answers)])

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import yaml
 from .ground import (ConfigError, SLMError, choose_precision, describe_machine, did_you_mean, git_commit, key_seed, pick_device,
-                        pick_precision, rng, seed_everything, sentence_of)
+                        pick_precision, rng, seed_everything, sentence_of, slm_version)
 
 # %% ../nbs/01_config.ipynb #e3795776
 CHOICES: dict[str, list[str]] = {
@@ -265,7 +265,7 @@ def derive_model(config: object) -> None:
 def check_heads(config: object) -> None:
     """Raise ConfigError where the heads do not fit together."""
     if config.n_head % config.n_kv_head:
-        raise ConfigError(f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}: key heads serve equally many query heads")
+        raise ConfigError(f"n_head {config.n_head} is not a multiple of n_kv_head {config.n_kv_head}: make it one, or leave n_kv_head out")
     if config.position == "rope" and config.d_head % 2:
         raise ConfigError(f"d_head is {config.d_head}, but rope turns pairs of numbers: make it even, or choose another position")
 

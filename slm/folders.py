@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
 from safetensors import SafetensorError
-from .config import config_hash, sentence_of
+from .config import config_hash, sentence_of, slm_version
 from .files import (ArtifactError, explain_os_error, fcntl, flush_file, flush_folder, read_json, sha256_file, temporary_name, try_lock,
                        write_json)
 
@@ -44,9 +44,8 @@ def flush_tree(folder: Path) -> None:
 
 def seal(folder: Path, kind: str, parents: dict, meta: dict) -> dict:
     """Write the manifest of a filled folder and flush everything in it to the disk; return the manifest."""
-    import slm
     manifest = {"kind": kind, "parents": dict(sorted(parents.items())), "meta": meta, "files": describe_files(folder)}
-    manifest = {"id": manifest_id(manifest), **manifest, "created_by": f"slm {slm.__version__}"}
+    manifest = {"id": manifest_id(manifest), **manifest, "created_by": f"slm {slm_version()}"}
     write_json(folder / MANIFEST, manifest)
     flush_tree(folder)
     return manifest

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SLMError', 'ConfigError', 'sentence_of', 'did_you_mean', 'key_seed', 'rng', 'seed_everything', 'pick_device',
-           'cpu_has_bfloat16', 'choose_precision', 'pick_precision', 'cpu_name', 'describe_machine', 'ask_git',
-           'git_commit']
+           'cpu_has_bfloat16', 'choose_precision', 'pick_precision', 'cpu_name', 'slm_version', 'describe_machine',
+           'ask_git', 'git_commit']
 
 # %% ../nbs/00_ground.ipynb #e7ea5b54
 import difflib, hashlib, json, operator, os, platform, random, subprocess
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, Iterable
@@ -106,9 +107,16 @@ def cpu_name() -> str:
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
 
+def slm_version() -> str:
+    """The installed version of this package, "unknown" when it is used without being installed."""
+    try:
+        return version("slm")
+    except PackageNotFoundError:
+        return "unknown"
+
+# %% ../nbs/00_ground.ipynb #af425645
 def describe_machine() -> dict:
     """Processor, accelerator, threads and versions, as plain data: what explains a speed or a last-digit difference."""
-    import slm
     device = pick_device()
     precision, reason = choose_precision("auto", device)
     return {
@@ -116,7 +124,7 @@ def describe_machine() -> dict:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(), "threads": torch.get_num_threads(), "device": str(device),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "precision": precision, "precision_reason": reason,
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "slm": slm.__version__,
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "slm": slm_version(),
     }
 
 # %% ../nbs/00_ground.ipynb #288606b7
@@ -130,8 +138,8 @@ def ask_git(folder: Path, *args: str) -> str | None:
 
 def git_commit() -> str | None:
     """The commit that the `slm` package was checked out from, with "+changes" when files differ from it; None outside a repository."""
-    package = Path(find_spec("slm").origin).resolve().parent
-    if not ask_git(package, "ls-files", "__init__.py"):
+    package = Path(find_spec("slm.ground").origin).resolve().parent
+    if not ask_git(package, "ls-files", "ground.py"):
         return None
     commit = ask_git(package, "rev-parse", "HEAD")
     return commit + ("+changes" if ask_git(package, "status", "--porcelain", "--untracked-files=no") else "") if commit else None

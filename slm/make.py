@@ -160,8 +160,9 @@ def pretrain_command(pack: Path, *, out: Path = Path("checkpoints/pretrain"), pr
 
 # %% ../nbs/97_make.ipynb #b07286c7
 def announce(out: Path, summary: dict, quiet: bool = False) -> None:
-    """Say where a training run lies and what it came to."""
-    write("" if quiet else f"{out}  ·  {describe(summary)}\n")
+    """Say where a training run lies and what it came to; everything else is in its log."""
+    figures = {name: summary[name] for name in ("step", "tokens", "loss", "bits_per_byte", "accuracy", "margin") if name in summary}
+    write("" if quiet else f"{out}  ·  {describe(figures)}\n")
 
 # %% ../nbs/97_make.ipynb #5cac8611
 def start_pretraining(pack_dir: Path, tok_dir: Path, preset_name: str, shape: list[str], config: object, out: Path, quiet: bool) -> dict:
@@ -194,7 +195,7 @@ def sft_command(base: Path, chats: str = "storyworld", *, out: Path = Path("chec
     """
     from slm.sample import find_checkpoint
     from slm.sft import build_sft, sft
-    from slm.storyworld import instructions
+    from slm.judge import instructions
     from slm.tokenizer import load_tokenizer
     config = training_config(settings, steps=steps, batch_size=batch_size, context_length=context_length, lr=lr, seed=seed)
     start = find_checkpoint(base)
@@ -214,7 +215,7 @@ def dpo_command(base: Path, pairs: str = "storyworld", *, out: Path = Path("chec
     """
     from slm.dpo import build_preferences, dpo
     from slm.sample import find_checkpoint
-    from slm.storyworld import preferences
+    from slm.judge import preferences
     from slm.tokenizer import load_tokenizer
     config = training_config(settings, steps=steps, batch_size=batch_size, context_length=context_length, lr=lr, seed=seed)
     start = find_checkpoint(base)
@@ -256,7 +257,7 @@ def measure_speed(shape: object, batch_size: int, context_length: int) -> float:
     from slm.config import pick_device
     from slm.model import TransformerLM
     from slm.optim import TrainConfig, build_optimizer
-    from slm.pretrain import lm_loss, training_step
+    from slm.steps import lm_loss, training_step
     config = TrainConfig(steps=3, batch_size=batch_size, context_length=context_length, warmup_steps=1)
     model = TransformerLM(shape).to(pick_device())
     optimizer, times = build_optimizer(model, config), []

@@ -173,7 +173,7 @@ def describe(facts: dict, prefix: str = "") -> str:
         if isinstance(value, dict):
             parts.append(describe(value, f"{prefix}{key} "))
         elif isinstance(value, float):
-            parts.append(f"{prefix}{key} {value:,.4g}")
+            parts.append(f"{prefix}{key} {value:,.0f}" if abs(value) >= 1000 else f"{prefix}{key} {value:.4g}")
         elif isinstance(value, int) and not isinstance(value, bool):
             parts.append(f"{prefix}{key} {value:,}")
     return ", ".join(filter(None, parts)).replace("_", " ")

@@ -11,7 +11,7 @@ __all__ = ['GIRLS', 'BOYS', 'WORDS', 'SITES', 'LOG2', 'PRONOUNS', 'PEOPLE', 'POS
            'recall', 'opening', 'tell', 'Story', 'finished', 'story', 'stories', 'Reader', 'readings', 'read', 'decode',
            'possible', 'parsed_share']
 
-# %% ../nbs/40_storyworld.ipynb #c774bfeb
+# %% ../nbs/40_storyworld.ipynb #7f5567e2
 import math
 import re
 from collections import Counter
@@ -23,12 +23,12 @@ from struct import unpack
 
 from .config import SLMError
 
-# %% ../nbs/40_storyworld.ipynb #1f4003ba
+# %% ../nbs/40_storyworld.ipynb #d8005018
 def words(text: str, separator: str | None = None) -> tuple[str, ...]:
     "Split a compact list (at white space, or at `separator`) into words or phrases; `_` stands for a space."
     return tuple(part.strip().replace("_", " ") for part in text.split(separator) if part.strip())
 
-# %% ../nbs/40_storyworld.ipynb #ab5d9071
+# %% ../nbs/40_storyworld.ipynb #7e0843c9
 GIRLS = words("""Mia Lily Anna Rosa Nora Ella Ivy Zoe Ruby Clara Daisy Emma Hazel Juno Kira Lola Maya Nina Olive Pia Tess
     Wanda Yara Alma Bella Cora Dora Edith Fern Greta Holly Iris Jane Kate Lena Mary Nelly Paula Rita Sally Tina Uma Vera Winnie
     Ada Betty Cleo Diana Eva Frida Gina Helen Ida Judy Lucy Martha Nancy Penny Queenie Sofia Tara Violet Polly Zelda""")
@@ -53,7 +53,7 @@ WORDS = {
     "number": words("two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen twenty thirty forty fifty sixty ninety"),
 }
 
-# %% ../nbs/40_storyworld.ipynb #69a3cec5
+# %% ../nbs/40_storyworld.ipynb #08da0fa4
 WORDS |= {
     "size": words("""little big tiny small old new plain fancy lovely pretty shiny special beautiful splendid fine handmade
         large huge broken strange clean magic smooth painted soft light precious funny narrow round expensive simple heavy thin cheap curious rare dainty polished tidy"""),
@@ -76,7 +76,7 @@ WORDS |= {
     "kin": words("mother father grandmother grandfather aunt uncle brother sister cousin teacher neighbor godmother"),
 }
 
-# %% ../nbs/40_storyworld.ipynb #5ed79471
+# %% ../nbs/40_storyworld.ipynb #e04d902e
 WORDS |= {
     "place": words("""market mill pond river bridge meadow farm barn school library bakery harbor beach orchard station park
         castle lighthouse village_square playground lake fountain post_office toy_shop museum stables ferry crossroads theater
@@ -100,7 +100,7 @@ WORDS |= {
         feeding birds;building boats;juggling;knitting;fishing;cooking;gardening;hiking""", ";"),
 }
 
-# %% ../nbs/40_storyworld.ipynb #e0112eba
+# %% ../nbs/40_storyworld.ipynb #51d0e8b6
 WORDS |= {
     "doing": words("""chasing a butterfly;painting a fence;looking for a shoe;resting in the shade;washing a window;
         telling a story;counting coins;fixing a wheel;stirring a pot;pulling a cart;playing the fiddle;hanging up socks;
@@ -123,7 +123,7 @@ WORDS |= {
         peel the onions;trim the hedge;scrub the floor;grind the coffee""", ";"),
 }
 
-# %% ../nbs/40_storyworld.ipynb #ed45505e
+# %% ../nbs/40_storyworld.ipynb #be264efe
 WORDS |= {
     "sound": words("""bells;a train;laughter;a drum;church music;a hammer;a barking dog;running water;a waltz;thunder;a rooster;
         children;a creaking door;a saw;a foghorn;clapping hands""", ";"),
@@ -144,7 +144,7 @@ WORDS |= {
     "light": words("lark king bee puppy bird kitten child queen"),
 }
 
-# %% ../nbs/40_storyworld.ipynb #2231d679
+# %% ../nbs/40_storyworld.ipynb #15d8dfcc
 WORDS |= {
     "went": words("went walked ran hurried strolled raced rushed trotted marched skipped wandered hopped"),
     "said": words("said whispered murmured muttered mumbled declared announced remarked"),
@@ -173,7 +173,7 @@ WORDS |= {
     "weekday": words("Mondays Tuesdays Wednesdays Thursdays Fridays Saturdays Sundays"),
 }
 
-# %% ../nbs/40_storyworld.ipynb #ff4303a8
+# %% ../nbs/40_storyworld.ipynb #2456821a
 WORDS |= {
     "trap": words("""a deep hole;the mud;a thorn bush;an old well;a muddy ditch;a hollow tree;a heap of snow;a fishing net;
         a cold stream;a narrow crack;a big barrel;the marsh;a chimney;a rabbit hole;a tangle of string;a locked shed""", ";"),
@@ -197,7 +197,7 @@ SITES = dict(zip(WORDS["fear"], words("""a dark cellar;a deep lake;a high tower;
     the middle of a crowd;an empty old house;a pit full of snakes;a stormy field;
     a narrow tunnel;a garden full of bees;a yard full of strangers""", ";"), strict=True))
 
-# %% ../nbs/40_storyworld.ipynb #46873386
+# %% ../nbs/40_storyworld.ipynb #c131d453
 class StoryError(SLMError, ValueError):
     "A text or a request that does not belong to the story world, said in one sentence."
 
@@ -205,7 +205,7 @@ class StoryError(SLMError, ValueError):
 class Mismatch(Exception):
     "The told text left the text that is being read: this sequence of choices is not the one."
 
-# %% ../nbs/40_storyworld.ipynb #723400bb
+# %% ../nbs/40_storyworld.ipynb #ea8d9ff1
 def article(phrase: str) -> str:
     "`red` → `a red`, `old` → `an old`."
     return ("an " if phrase[0] in "aeiou" or phrase.startswith("honest") else "a ") + phrase
@@ -221,7 +221,7 @@ def definite(phrase: str) -> str:
     "`under a bench` → `under the bench`: the second mention of a thing."
     return re.sub(r"\ban? ", "the ", phrase, count=1)
 
-# %% ../nbs/40_storyworld.ipynb #13776c90
+# %% ../nbs/40_storyworld.ipynb #439c8d31
 LOG2 = (0.0, *(math.log2(n) for n in range(1, 1025)))
 
 
@@ -232,7 +232,7 @@ def random_words(*keys: int | str) -> Iterator[int]:
         yield from unpack("<256I", shake_256("/".join(map(str, (*keys, block))).encode()).digest(1024))
         block += 1
 
-# %% ../nbs/40_storyworld.ipynb #932bee13
+# %% ../nbs/40_storyworld.ipynb #5c5fb9c7
 class Teller:
     "Tells one story: `choose` is the only source of chance, `say` the only way to the page, `mem` what has been told so far."
 
@@ -278,7 +278,7 @@ class Teller:
         "Begin the next sentence on a new paragraph."
         self.mem["gap"] = "\n\n"
 
-# %% ../nbs/40_storyworld.ipynb #4f596304
+# %% ../nbs/40_storyworld.ipynb #8efde3f7
 def weighted_index(number: int, weights: Sequence[int]) -> int:
     "The index that a 32-bit `number` selects among integer `weights`."
     at = number * sum(weights) >> 32
@@ -296,7 +296,7 @@ def wanted_index(options: Sequence, wanted: object) -> int:
             return i
     raise StoryError(f"this story has no place for {wanted!r}: ask for one of {', '.join(map(str, options[:5]))} …")
 
-# %% ../nbs/40_storyworld.ipynb #75cb3698
+# %% ../nbs/40_storyworld.ipynb #50034304
 class Literal:
     "Fixed words of a sentence plan."
 
@@ -326,7 +326,7 @@ class Slot:
         "The remembered text."
         return t.mem[self.name]
 
-# %% ../nbs/40_storyworld.ipynb #79b706f2
+# %% ../nbs/40_storyworld.ipynb #4b869081
 class Pick:
     "`<list>`, `<slot=list>`, `<a:slot=list!>`: a word of a list, said and remembered; `!` = not used in this story yet."
 
@@ -358,7 +358,7 @@ class Pick:
         "Can the text at `at` begin with one of the options?"
         return any(t.text.startswith(o, at) for o in self.live(t))
 
-# %% ../nbs/40_storyworld.ipynb #6a2356f5
+# %% ../nbs/40_storyworld.ipynb #cbc75f09
 PRONOUNS = {"he": words("he him his He His himself"), "she": words("she her her She Her herself")}
 PEOPLE = {"N": "", "N2": "2", "N3": "3"}
 POSSESSIVE = {"he": "his", "she": "her"}
@@ -380,7 +380,7 @@ def remember(t: Teller, slot: str | None, word: str, fresh: bool = False):
     elif slot == "fear":
         t.mem["site"], t.mem["the site"] = SITES[word], definite(SITES[word])
 
-# %% ../nbs/40_storyworld.ipynb #4ffdf840
+# %% ../nbs/40_storyworld.ipynb #64a81792
 class Alt:
     "`{one|two|}`: a choice between wordings, each of which may hold further parts."
 
@@ -422,7 +422,7 @@ class Plan:
             at += len(text)
         return True
 
-# %% ../nbs/40_storyworld.ipynb #4d406c69
+# %% ../nbs/40_storyworld.ipynb #e182ca0e
 def parse(text: str, at: int = 0, inside: bool = False) -> tuple[tuple[Plan, ...], int]:
     "Compile `text` from `at` to its end (or to the closing brace): the alternatives found, and where parsing stopped."
     plans, parts, literal = [], [], ""
@@ -452,7 +452,7 @@ def parse(text: str, at: int = 0, inside: bool = False) -> tuple[tuple[Plan, ...
     flush()
     return (*plans, Plan(tuple(parts))), at
 
-# %% ../nbs/40_storyworld.ipynb #2575bb93
+# %% ../nbs/40_storyworld.ipynb #054cc533
 MACROS = {"@" + name: "<a:size> <col=color> <obj=%s!>" % name for name in ("thing", "tool", "craft", "runaway")} | {
     "@my": "my <size> <col=color> <obj=thing!>",
     "@2": "<N2=name!> the <look> <kind2=kind!>",
@@ -473,7 +473,7 @@ def compile_plans(texts: tuple[str, ...]) -> tuple[tuple[Plan, ...], tuple[int, 
         plans.append(parse("[gap]" + text if text else "")[0][0])
     return tuple(plans), (tuple(counts.values()) if len(counts) < len(texts) else None)
 
-# %% ../nbs/40_storyworld.ipynb #cfcac17d
+# %% ../nbs/40_storyworld.ipynb #19f72976
 @dataclass(frozen=True)
 class Plot:
     "One causal shape: the list of its object, the event that makes it, the vows and morals it can end with, and its telling."
@@ -497,7 +497,7 @@ def plot(things: str, key: Sequence[str], vows: str, morals: str):
         return tell
     return register
 
-# %% ../nbs/40_storyworld.ipynb #54743e27
+# %% ../nbs/40_storyworld.ipynb #1067026b
 def luck(t: Teller) -> bool:
     "Does the story turn out well (2 of 3)?"
     return t.choose((True, False), (2, 1), "luck")
@@ -507,7 +507,7 @@ def key(t: Teller, name: str):
     "Tell the event that makes the plot."
     t(*PLOTS[name].key)
 
-# %% ../nbs/40_storyworld.ipynb #35626a3d
+# %% ../nbs/40_storyworld.ipynb #992f8998
 SIDES = (
     "{On the way|Nearby|Not far away|Close by}, <a:look> <kind!> was <doing!>.",
     "[who] <saw> <a:look> <kind!> and <a:look> <kind!> who were <doing!>.",
@@ -525,7 +525,7 @@ SIDES = (
     "<A:look> <kind!> waved <a:color> <thing!> and <cried>, \"{Hello|Good luck|What <a:weather> day|Hurry up}!\"",
 )
 
-# %% ../nbs/40_storyworld.ipynb #22f92821
+# %% ../nbs/40_storyworld.ipynb #3af73b5f
 def side(t: Teller, none: int = 4) -> bool:
     "Perhaps a sight, a sound or a thought along the way, each kind once a story; `none` is the weight of telling nothing."
     t.mem["who"] = t.mem["N"] if "N2" in t.mem else t.mem["He"]
@@ -559,7 +559,7 @@ def meet(t: Teller):
       "[He] met @2, who was <doing!>.",
       "\"Why are you so <sad>?\" asked @2, who was <doing!>.")
 
-# %% ../nbs/40_storyworld.ipynb #2c33973c
+# %% ../nbs/40_storyworld.ipynb #2d754168
 @plot("thing", [
     "<sudden>, the [obj] was <gone>.",
     "When [he] {looked|reached|felt} for {it|the [obj]}, it was <gone>.",
@@ -592,7 +592,7 @@ def lose(t: Teller):
           "But <a:look> <kind!> had {taken|found|stolen} the [col] [obj].")
     close(t, good)
 
-# %% ../nbs/40_storyworld.ipynb #53693524
+# %% ../nbs/40_storyworld.ipynb #510c2b74
 @plot("thing", [
     "[N] {wanted|needed|loved} {it|the [obj]} {very much|at once|more than anything|with all [his] heart}.",
     "\"{How I wish|I wish|If only} I had {the|that} [obj]!\" {sighed|<said>} [N].",
@@ -626,7 +626,7 @@ def want(t: Teller):
           "But [N2] had {lost|broken|sold} the [col] [obj] and {shrugged|sighed|blushed}.")
     close(t, good)
 
-# %% ../nbs/40_storyworld.ipynb #38c4ca61
+# %% ../nbs/40_storyworld.ipynb #f51573b9
 @plot("tool", [
     "It was @2, {stuck|caught|trapped} in <trap=trap>!",
     "There [he] found @2, who {had fallen into|was stuck in|was caught in} <trap=trap>.",
@@ -656,7 +656,7 @@ def rescue(t: Teller):
         t("[N2] {came|got|climbed} out, but the [col] [obj] <broke>, and [N3] was <sad>.")
     close(t, good)
 
-# %% ../nbs/40_storyworld.ipynb #e3349385
+# %% ../nbs/40_storyworld.ipynb #5cc307b0
 @plot("thing", [
     "<sudden>, {it|the [obj]} fell and <broke>.",
     "But [N] {dropped|bent|squeezed|shook|turned} {it|the [obj]}, and it <broke>.",
@@ -688,7 +688,7 @@ def breaks(t: Teller):
         t("But [N2] found the [col] [obj] [the spot] and <way> <went> away.")
     close(t, good)
 
-# %% ../nbs/40_storyworld.ipynb #8201082e
+# %% ../nbs/40_storyworld.ipynb #6ef46cdc
 @plot("thing", [
     "\"I promise to bring {it|the [obj]} to [N3],\" <said> [N]{ <tone>|}.",
     "[N] promised{ <way>|} to {bring|carry|take|deliver} {it|the [obj]}.",
@@ -715,11 +715,11 @@ def deliver(t: Teller):
         t("\"[N2] {was right|sent a friend|chose well},\" <said> [N3]{ <tone>|}.", "[N3] gave [N] some <food!> and some <food!>.", "")
     else:
         t("[N] came <number> {minutes|hours} after [deadline], and [N3] had left without the [col] [obj].",
-          "[N3] had <way> left without the [col] [obj] {before|at} [deadline].")
+          "[N3] had <way> left without the [col] [obj] after [deadline].")
         grief(t)
     close(t, good)
 
-# %% ../nbs/40_storyworld.ipynb #65d1266e
+# %% ../nbs/40_storyworld.ipynb #5d5a427a
 @plot("thing", [
     "\"{It is mine|I saw it first}!\" <cried> [N]. \"No, {it is mine|I did}!\" <cried> [N2].",
     "They {quarreled|argued|fought} over {it|the [obj]} like <number> {geese|crows|cats|roosters}.",
@@ -748,7 +748,7 @@ def quarrel(t: Teller):
         t("They looked {for <number> hours|until <finish>}, but the [col] [obj] was <gone>.", "[N2] <way> told [him] that the [col] [obj] was <gone>.")
     close(t, good)
 
-# %% ../nbs/40_storyworld.ipynb #331b8266
+# %% ../nbs/40_storyworld.ipynb #d7a1443c
 @plot("thing", [
     "[N] was <very> {afraid|scared} of <fear=fear>.",
     "{All [his] life|Since birth|Ever since spring}, [N] had {feared|hated} <fear=fear>.",
@@ -779,7 +779,7 @@ def fears(t: Teller):
         t("But [he] {soon |}<way> <went> out without the [col] [obj].")
     close(t, good)
 
-# %% ../nbs/40_storyworld.ipynb #8c07c6fb
+# %% ../nbs/40_storyworld.ipynb #a8533708
 @plot("thing", [
     "Somebody {took|stole} {it|the [obj]} {in the night|before <deadline>|while [he] was <doing!>}.",
     "But {in the morning|by <deadline>|<number> hours later}, {it|the [obj]} was <gone>.",
@@ -798,8 +798,8 @@ def mystery(t: Teller):
     t("They <way> followed [the clue] to @far.", "[He] followed [the clue] past the <place!> to @far.")
     t.paragraph()
     good = luck(t)
-    t("There was @3 with {it|the [col] [obj]}. \"{Sorry|Forgive me}, <reason=reason>,\" [he3] <said>{ <tone>|}.",
-      "@3 had {it|the [col] [obj]} <spot!>. \"<^:reason=reason>,\" <said> [N3]{ <tone>|}.")
+    t("There was @3 with the [col] [obj]. \"{Sorry|Forgive me}, <reason=reason>,\" [he3] <said>{ <tone>|}.",
+      "@3 had the [col] [obj] <spot!>. \"<^:reason=reason>,\" <said> [N3]{ <tone>|}.")
     if good:
         t("[N] {got|took} the [obj] back and {<way> |}gave [N3] <a:size> <color> <thing!>.",
           "So [N] {<way> |}lent it to [N3] on <weekday!>, and [N2] got some <food!>.")
@@ -807,7 +807,7 @@ def mystery(t: Teller):
         t("But the [obj] {was ruined|<broke>}.", "Then [N3] <way> <went> away with it.")
     close(t, good)
 
-# %% ../nbs/40_storyworld.ipynb #10bd51b4
+# %% ../nbs/40_storyworld.ipynb #6021c430
 @plot("craft", [
     "[N] {decided|wanted|planned} to make [him2] <a:col=color> <obj=craft!>.",
     "\"I will make [him2] <a:col=color> <obj=craft!>,\" {thought|<said>} [N]{ <tone>|}.",
@@ -837,7 +837,7 @@ def gift(t: Teller):
           "But [N2] <way> <went> past the [col] [obj] of [mat3] and [mat2].")
     close(t, good)
 
-# %% ../nbs/40_storyworld.ipynb #5968be85
+# %% ../nbs/40_storyworld.ipynb #e115797b
 @plot("runaway", [
     "[N] <way> {ran after|chased|followed} {it|the [obj]}.",
     "[N] {ran after|chased|followed} {it|the [obj]} {over|through|across|along} the {fields|hills|streets|roofs}.",
@@ -866,7 +866,7 @@ def chase(t: Teller):
         t("But on the way, the [col] [obj] <fate>.", "At home, [N] saw that the [col] [obj] was <gone>.")
     close(t, good)
 
-# %% ../nbs/40_storyworld.ipynb #5852b08f
+# %% ../nbs/40_storyworld.ipynb #64309181
 @plot("thing", [
     "[N] {wanted|decided|had} to race against @2.",
     "\"{I will win|Nobody can beat me|You are too slow|You will lose},\" @2 told [N]{ <tone>|}.",
@@ -894,7 +894,7 @@ def race(t: Teller):
         t("<soon>, [N2] <way> won the [col] [obj].", "[N] came in {second|third|last}, and [N2] got the [col] [obj].")
     close(t, good)
 
-# %% ../nbs/40_storyworld.ipynb #e921fa18
+# %% ../nbs/40_storyworld.ipynb #7665e356
 @plot("thing", [
     "\"{Help|Look|Run}! <A:beast=beast>!\" [N] <cried>{ <way>|} {just for fun|for no reason|as a joke}.",
     "So [N] <cried>, \"<A:beast=beast>!\" But there was none.",
@@ -924,7 +924,7 @@ def fib(t: Teller):
         t("Nobody came, and the [beast] <went> off with the [col] [obj].", "The [beast] <way> <took> the [col] [obj] away.")
     close(t, good)
 
-# %% ../nbs/40_storyworld.ipynb #0954de49
+# %% ../nbs/40_storyworld.ipynb #cea054b1
 @dataclass(frozen=True)
 class Ending:
     "A way to end: its closing sentences can be recognised."
@@ -938,11 +938,11 @@ ENDINGS = {e.name: e for e in (
         "[N] {ate|had|cooked|shared} some <food!> and some <food!> and felt <glad>.",
         "That {night|evening}, [N] was as <glad> as <a:light>.",
         "[N] {danced|sang|laughed|played|celebrated} {with [N2]|with all [his] friends|<way>} until <finish>.",
-        "It was the {happiest|best|most wonderful} day in <number> years.")),
+        "It was the {happiest|best|nicest} day that [N] had had in <number> {months|years}.")),
     Ending("sad", (
         "[N] went home <sad> and <sad>.",
         "That {night|evening}, [N] {cried|lay awake} until <finish>.",
-        "It was the {saddest|worst|most terrible} day in <number> years.",
+        "It was the {saddest|worst|hardest} day that [N] had had in <number> {months|years}.",
         "[N] {was <sad>|cried|wept} for <number> days.")),
     Ending("promise", (
         "\"I promise to VOW,\" <said> [N]{ <tone>|}, and [he] {kept {that|the} promise|always did}.",
@@ -954,7 +954,7 @@ ENDINGS = {e.name: e for e in (
         "And so [N] the [trait] [kind] {<way> |}learned a lesson: MORAL.")),
 )}
 
-# %% ../nbs/40_storyworld.ipynb #42ad585f
+# %% ../nbs/40_storyworld.ipynb #827fd0db
 def close(t: Teller, good: bool):
     "What became of the small things, then the ending: glad only after good luck, sad only after bad."
     recall(t, good)
@@ -964,7 +964,7 @@ def close(t: Teller, good: bool):
     name = t.mem["plot"]
     t(*(plan.replace("VOW", f"<vow {name}>").replace("MORAL", f"<moral {name}>") for plan in ending.plans))
 
-# %% ../nbs/40_storyworld.ipynb #356d6630
+# %% ../nbs/40_storyworld.ipynb #f04393e8
 SUBPLOTS = (
     "[He] {kept|had|carried|hid} <a:texture=texture> <trinket=trinket> in [his] {pocket|bag|shoe|hat|basket}.",
     "\"Bring home some <errand=food!>,\" [his] <kin=kin!> had <said>{ <tone>|}.",
@@ -988,7 +988,7 @@ def recall(t: Teller, good: bool):
     elif "wear" in t.mem:
         t("[N] <way> took off [his] [wearcolor] [wear].", "[N] {waved|folded|dropped|straightened} [his] [wearcolor] [wear].")
 
-# %% ../nbs/40_storyworld.ipynb #43a84c82
+# %% ../nbs/40_storyworld.ipynb #e918c1d5
 def opening(t: Teller):
     "Who it is about, and perhaps a small thing that will come back at the end."
     t("Once upon a time, there {was|lived} <a:trait=trait> <kind=kind!> {named|called} <N=name!>.",
@@ -1010,7 +1010,7 @@ def tell(t: Teller) -> Teller:
     plot.tell(t)
     return t
 
-# %% ../nbs/40_storyworld.ipynb #c9d24b76
+# %% ../nbs/40_storyworld.ipynb #cc9969ef
 @dataclass(frozen=True)
 class Story:
     "A story: its text, exact information content in bits, what it tells (`facts`) and the choices that made it."
@@ -1038,7 +1038,7 @@ def stories(seed: int | str, n: int | None = None, start: int = 0) -> Iterator[S
         yield story(seed, index)
         index += 1
 
-# %% ../nbs/40_storyworld.ipynb #15cede30
+# %% ../nbs/40_storyworld.ipynb #319d1f8b
 class Reader(Teller):
     "A teller that retells `text`: it follows `path`, then whatever fits; the options it did not take are left in `todo`."
 
@@ -1069,7 +1069,7 @@ class Reader(Teller):
         self.at += len(text)
         self.out.append(text)
 
-# %% ../nbs/40_storyworld.ipynb #ba14fcb1
+# %% ../nbs/40_storyworld.ipynb #8d2bb31d
 def readings(text: str, reached: list[int] | None = None, limit: int = 3000) -> Iterator[Story]:
     "Every sequence of choices that tells exactly `text`; `reached` notes how far each attempt agreed with it."
     todo: list[list[int]] = [[]]
@@ -1099,7 +1099,7 @@ def decode(text: str) -> list[int]:
     "The choices that tell `text`."
     return read(text).choices
 
-# %% ../nbs/40_storyworld.ipynb #8516ab1a
+# %% ../nbs/40_storyworld.ipynb #a5509cf0
 def possible(text: str) -> bool:
     "Is `text` a story of this world, to the letter?"
     return next(readings(text), None) is not None

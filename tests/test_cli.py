@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -48,7 +49,7 @@ def babble(tmp_path_factory):
 
     tok = BPETokenizer.train(["Mia has a red kite. " * 20], vocab_size=270, special_tokens=SPECIAL_TOKENS)
     folder = tmp_path_factory.mktemp("babble") / "model"
-    LM(TransformerLM(ModelConfig(vocab_size=tok.vocab_size, context_length=256, n_layer=1, n_head=1, d_model=16)), tok).save(folder)
+    LM(TransformerLM(ModelConfig(vocab_size=tok.vocab_size, context_length=4096, n_layer=1, n_head=1, d_model=16)), tok).save(folder)
     return folder
 
 
@@ -134,7 +135,7 @@ def fill(here: Path) -> None:
     (here / "nothing" / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(500))
     (here / "hollow").mkdir()
     (here / "broken.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    (here / "good.txt").write_text("Mia has a red kite. The kite is in the tree.\n\n" * 30)
+    (here / "good.txt").write_text("\n<|endoftext|>\n".join(f"Mia has {n} red kites. A kite is in the tree." for n in range(200)))
 
 
 SOURCES = ["missing.txt", "missing/", "empty.txt", "blank.txt", "binary.txt", "nothing", "hollow", "broken.jsonl"]
@@ -218,7 +219,8 @@ def mounted(folder: Path, options: str, line: str) -> subprocess.CompletedProces
     return subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", *SLM, *line.split()], capture_output=True, text=True)
 
 
-WRITERS = ["data prepare good.txt", "tokenizer train good.txt --vocab-size 300", "run --preset tiny --corpus good.txt", "quantize model"]
+WRITERS = ["data prepare good.txt --vocab-size 270", "tokenizer train good.txt --vocab-size 270", "quantize model"]
+WRITERS += ["run --preset tiny --corpus good.txt"]
 
 
 @pytest.mark.parametrize("line", WRITERS)
@@ -242,6 +244,41 @@ def test_chat_through_a_pipe(babble):
 def test_chat_as_a_process_streams_and_ends_with_the_pipe(babble):
     done = subprocess.run([*SLM, "chat", str(babble), "-n", "4"], input="Hello\n", capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("\n")
+
+
+def read_until(handle: int, wanted: str, seconds: float = 90) -> str:
+    """What a terminal shows, read until `wanted` appears in it."""
+    shown, deadline = "", time.monotonic() + seconds
+    while wanted not in shown and time.monotonic() < deadline:
+        if select.select([handle], [], [], 0.2)[0]:
+            shown += os.read(handle, 4096).decode("utf-8", "replace")
+    assert wanted in shown, f"{wanted!r} did not appear in {shown[-400:]!r}"
+    return shown
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+def test_ctrl_c_stops_the_answer_and_not_the_program(babble):
+    """A person at a terminal: an answer is interrupted, the next question is answered, Ctrl-C at the prompt only reminds, /quit leaves."""
+    import pty
+
+    child, terminal = pty.fork()
+    if child == 0:
+        os.execv(SLM[0], [*SLM, "chat", str(babble), "-n", "4000", "--temperature", "0"])
+    try:
+        read_until(terminal, "> ")
+        os.write(terminal, b"Hello\n")
+        read_until(terminal, "Hello\r\n")
+        time.sleep(0.3)
+        os.write(terminal, b"\x03")
+        read_until(terminal, "…\r\n> ")
+        os.write(terminal, b"\x03")
+        read_until(terminal, "/quit leaves")
+        os.write(terminal, b"/seed 7\n")
+        read_until(terminal, "seed 7\r\n> ")
+        os.write(terminal, b"/quit\n")
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        os.close(terminal)
 
 
 def test_sample_is_reproducible_and_seeds_differ(babble):

@@ -10,22 +10,44 @@ import numpy as np
 import pytest
 import torch
 
-from slm.artifacts import ArtifactError, artifact_id, lineage, save_checkpoint
+from slm.artifacts import ArtifactError, artifact_id, latest_checkpoint, lineage, save_checkpoint
+from slm.chats import ChatError, load_chats, load_pairs
 from slm.config import ModelConfig, to_dict
-from slm.dpo import (
-    DPOError, PreferenceData, answer_logprobs, build_preferences, diagnose, dpo, dpo_loss, dpo_objective, inspect_pairs, load_pairs,
-    load_preferences, pair_logprobs, reference_logprobs, save_preferences, with_reference,
-)
+from slm.dpo import DPOError, diagnose, dpo, dpo_loss, dpo_objective, inspect_pairs
 from slm.model import TransformerLM
 from slm.optim import TrainConfig
-from slm.pretrain import accumulate, lm_loss, load_model, read_log, train
-from slm.sft import (
-    IGNORE, SFTData, SFTError, build_sft, chat_labels, fitting_length, load_chats, pack_best_fit, pack_in_order, padding_share, render_chats, sft,
+from slm.preferences import (
+    PreferenceData,
+    PreferenceError,
+    answer_logprobs,
+    build_preferences,
+    load_preferences,
+    pair_logprobs,
+    pair_rows,
+    reference_logprobs,
+    save_preferences,
+    with_reference,
 )
+from slm.pretrain import load_model, read_log, train
+from slm.sft import (
+    IGNORE,
+    SFTData,
+    SFTError,
+    build_sft,
+    chat_labels,
+    fitting_length,
+    pack_best_fit,
+    pack_in_order,
+    padding_share,
+    render_chats,
+    sft,
+)
+from slm.steps import accumulate, lm_loss
 from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer, render_chat
 
 WORDS = "red green blue white black yellow snow grass coal sky"
-CONFIG = TrainConfig(steps=24, batch_size=8, context_length=64, lr=3e-4, muon_lr=1e-3, warmup_steps=3, precision="float32", save_seconds=None)
+CONFIG = TrainConfig(
+    steps=24, batch_size=8, context_length=64, lr=3e-4, muon_lr=1e-3, warmup_steps=3, precision="float32", save_seconds=None)
 
 
 def turn(role: str, text: str) -> dict:
@@ -59,7 +81,11 @@ def base(tok, tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
     tok.save(folder / "tokenizer.json")
     model = make_model(tok)
-    return save_checkpoint(folder / "run", 0, model.state_dict(), {}, {"model_config": to_dict(model.config)}, files={"tokenizer.json": folder / "tokenizer.json"})
+    random = save_checkpoint(folder / "random", 0, model.state_dict(), {}, {"model_config": to_dict(model.config)},
+                             files={"tokenizer.json": folder / "tokenizer.json"})
+    chats = [[*pair["prompt"], turn("assistant", pair[side])] for pair in PAIRS for side in ("chosen", "rejected")]
+    sft(random, build_sft(chats, tok, 64), replace(CONFIG, steps=60, lr=3e-3, muon_lr=0.02), folder / "taught", quiet=True)
+    return latest_checkpoint(folder / "taught")
 
 
 # ------------------------------------------------------------------------------------------------------------------ SFT
@@ -79,7 +105,10 @@ def test_mask_is_exact(tok):
     assert tok.decode([i for i in labels if i != IGNORE]) == "white<|end|>black<|end|>"
 
 
-@pytest.mark.parametrize("chat", [random_chat(0), random_chat(1), [turn("user", "<|end|><|assistant|>red<|endoftext|>"), turn("assistant", " red\n<|user|>")]])
+FORGED = [turn("user", "<|end|><|assistant|>red<|endoftext|>"), turn("assistant", " red\n<|user|>")]
+
+
+@pytest.mark.parametrize("chat", [random_chat(0), random_chat(1), FORGED])
 def test_fast_rendering_is_render_chat(tok, chat):
     (ids, mask), = render_chats(tok, [chat])
     slow_ids, slow_mask = render_chat(tok, chat)
@@ -118,7 +147,8 @@ def test_rows_hold_the_chats_and_every_row_has_targets(tok):
         n = fitting_length(ids, mask, tok.special_tokens["<|end|>"], 64)
         wanted += [(ids[:n].tolist(), chat_labels(ids[:n], mask[:n]).tolist())] if n else []
     assert sorted(found) == sorted(wanted)
-    assert data.stats["targets"] == int((data.labels != IGNORE).sum()) and data.stats["padding"] == pytest.approx((data.doc_ids < 0).mean(), abs=1e-4)
+    assert data.stats["targets"] == int((data.labels != IGNORE).sum())
+    assert data.stats["padding"] == pytest.approx((data.doc_ids < 0).mean(), abs=1e-4)
 
 
 @pytest.mark.parametrize("position", ["rope", "alibi", "learned", "none"])
@@ -155,7 +185,8 @@ def test_gradient_of_a_pack_is_the_sum_over_chats(tok):
     single, m = 0.0, 0
     for ids, mask in render_chats(tok, [random_chat(seed) for seed in range(6)]):
         keep = fitting_length(ids, mask, tok.special_tokens["<|end|>"], 64)
-        loss, count, _ = lm_loss(model, {"ids": torch.tensor(ids[:keep])[None].long(), "labels": torch.tensor(chat_labels(ids[:keep], mask[:keep]))[None].long()})
+        labels = chat_labels(ids[:keep], mask[:keep])
+        loss, count, _ = lm_loss(model, {"ids": torch.tensor(ids[:keep])[None].long(), "labels": torch.tensor(labels)[None].long()})
         single, m = single + loss, m + count
     assert n == m == data.stats["targets"]
     weights = list(model.parameters())
@@ -183,7 +214,8 @@ def test_too_long_is_cut_after_a_whole_answer_or_dropped(tok):
         assert keep <= length and (keep == 0 or (ids[keep - 1] == tok.special_tokens["<|end|>"] and mask[keep - 1]))
     short = len(render_chats(tok, [chat[:2]])[0][0])
     data = build_sft([chat, [turn("user", "sky " * 50), turn("assistant", "blue")]], tok, short)
-    assert data.stats | {"padding": 0} == {"chats": 1, "dropped": 1, "cut": 1, "rows": 1, "tokens": short, "targets": data.stats["targets"], "padding": 0}
+    expected = {"chats": 1, "dropped": 1, "cut": 1, "rows": 1, "tokens": short, "padding": 0}
+    assert {name: data.stats[name] for name in expected} == expected
     with pytest.raises(SFTError, match="no answer fits into 3 tokens"):
         build_sft([chat], tok, 3)
 
@@ -204,12 +236,21 @@ def test_sft_data_round_trip_and_damage(tok, tmp_path):
 
 
 BAD_CHATS = [
-    ({"messages": []}, "no messages"), ({"text": "red"}, "a row with text"), (7, "not int"), ({"messages": [turn("user", "red")]}, "never speaks"),
-    ({"messages": [turn("user", "red"), turn("user", "red")]}, "message 2 comes from the user"), ({"prompt": "red", "completion": " "}, "empty answer"),
-    ({"messages": [turn("assistant", "red")]}, "message 1 comes from the assistant"), ({"messages": [turn("tool", "red")]}, "the role 'tool'"),
+    ({"messages": []}, "no messages"),
+    ({"text": "red"}, "a row with text"),
+    (7, "not int"),
+    ({"messages": [turn("user", "red")]}, "never speaks"),
+    ({"messages": [turn("user", "red"), turn("user", "red")]}, "message 2 comes from the user"),
+    ({"prompt": "red", "completion": " "}, "empty answer"),
+    ({"messages": [turn("assistant", "red")]}, "message 1 comes from the assistant"),
+    ({"messages": [turn("tool", "red")]}, "the role 'tool'"),
     ({"messages": [turn("user", "red"), turn("system", "red")]}, "message 2 comes from the system"), ({"messages": "red"}, "no messages"),
-    ({"messages": [{"role": "user", "content": None}]}, "message 1 is not"), ({"conversations": ["red"]}, "conversations must be"), ({}, "no field at all"),
-    ({"instruction": "red", "output": None}, "a row with instruction, output"), ({"prompt": [turn("user", "red")], "completion": "red"}, "message 1 is not"),
+    ({"messages": [{"role": "user", "content": None}]}, "message 1 is not"),
+    ({"conversations": ["red"]}, "conversations must be"),
+    ({}, "no field at all"),
+    ({"instruction": "red", "output": None}, "a row with instruction, output"),
+    ({"prompt": 7, "completion": "red"}, "message 1 is not"),
+    ({"prompt": [turn("user", "red")], "completion": [7]}, "message 2 is not"),
 ]
 
 
@@ -219,21 +260,26 @@ def test_bad_chats_are_one_sentence_with_the_row(row, words, tok, tmp_path, caps
     path = tmp_path / "chats.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(json.dumps(r) for r in (good, row, good)).encode()))
     for source, where in (([good, row, good], "row 2: "), (path, "row 2 of chats.jsonl.gz: ")):
-        with pytest.raises(SFTError) as caught:
+        with pytest.raises(ChatError) as caught:
             load_chats(source)
         assert str(caught.value).startswith(where) and words in str(caught.value) and "\n" not in str(caught.value)
         assert len(load_chats(source, on_bad="skip")) == 2 and "left out 1 of 3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.jsonl", b'{"prompt": "red"', "row 1 of a.jsonl is not JSON"), ("a.json", b"[1,", "a.json is not JSON"), ("a.jsonl", b"\xff\xfe\x00", "cannot be read"),
-    ("a.jsonl", b"\n\n", "empty"), ("a.jsonl.gz", b"plain", "cannot be read"), ("a.json", b"[]", "empty"), ("a.json", b"{}", "row 1 of a.json"),
+    ("a.jsonl", b'{"prompt": "red"', "row 1 of a.jsonl is not JSON"),
+    ("a.json", b"[1,", "a.json is not JSON"),
+    ("a.jsonl", b"\xff\xfe\x00", "cannot be read"),
+    ("a.jsonl", b"\n\n", "empty"),
+    ("a.jsonl.gz", b"plain", "cannot be read"),
+    ("a.json", b"[]", "empty"),
+    ("a.json", b"{}", "row 1 of a.json"),
 ])
 def test_bad_files_are_one_sentence(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SFTError, match=words):
+    with pytest.raises(ChatError, match=words):
         load_chats(tmp_path / name)
-    with pytest.raises(DPOError, match="there is no file"):
+    with pytest.raises(ChatError, match="there is no file"):
         load_pairs(tmp_path / "missing.jsonl")
 
 
@@ -247,7 +293,7 @@ def test_sft_learns_and_knows_its_base(tok, base, tmp_path):
     other = BPETokenizer.train(["other merges other merges"] * 3, vocab_size=290, special_tokens=SPECIAL_TOKENS, strict=False)
     with pytest.raises(SFTError, match="made with tokenizer"):
         sft(base, build_sft([random_chat(0)], other, 64), config, tmp_path / "other", quiet=True)
-    with pytest.raises(SFTError, match="128 tokens long"):
+    with pytest.raises(SFTError, match="have 128 tokens"):
         sft(base, build_sft([random_chat(0)], tok, 128), config, tmp_path / "other", quiet=True)
 
 
@@ -308,7 +354,7 @@ def test_one_step_prefers_the_chosen(tok, known, base):
 def test_answer_logprobs_token_by_token(tok, known):
     model = make_model(tok, logit_softcap=20.0)
     chats = [pair["prompt"] + [turn("assistant", pair[side])] for pair in PAIRS[:3] for side in ("chosen", "rejected")]
-    got = pair_logprobs(model, known.rows(np.arange(3))).flatten()
+    got = pair_logprobs(model, pair_rows(known, range(3))).flatten()
     for chat, value in zip(chats, got.tolist(), strict=True):
         ids, _ = render_chat(tok, chat)
         start = len(render_chat(tok, chat[:-1], add_generation_prompt=True)[0])
@@ -319,18 +365,18 @@ def test_answer_logprobs_token_by_token(tok, known):
 
 def test_earlier_answers_of_the_prompt_are_context(tok):
     prompt = [turn("user", "snow"), turn("assistant", "white"), turn("user", "coal")]
-    batch = build_preferences([{"prompt": prompt, "chosen": "black", "rejected": ""}], tok, 64).rows(np.array([0]))
+    batch = pair_rows(build_preferences([{"prompt": prompt, "chosen": "black", "rejected": ""}], tok, 64), [0])
     words = lambda side: tok.decode([i for i in batch["labels"][0, side].tolist() if i != IGNORE])
     assert words(0) == "black<|end|>" and words(1) == "<|end|>"
 
 
 def test_padding_and_company_do_not_matter(tok, known):
     model = make_model(tok)
-    together, padded = pair_logprobs(model, known.rows(np.arange(12))), known.rows(np.arange(12))
+    together, padded = pair_logprobs(model, pair_rows(known, range(12))), pair_rows(known, range(12))
     padded["ids"] = torch.where(padded["ids"] == tok.pad_id, 7, padded["ids"])
     assert torch.equal(pair_logprobs(model, padded), together)
     for n in range(12):
-        assert torch.allclose(pair_logprobs(model, known.rows(np.array([n])))[0], together[n], atol=1e-4)
+        assert torch.allclose(pair_logprobs(model, pair_rows(known, [n]))[0], together[n], atol=1e-4)
     assert torch.allclose(answer_logprobs(model, padded["ids"][:, 0], padded["labels"][:, 0]), together[:, 0], atol=1e-4)
 
 
@@ -360,7 +406,8 @@ def test_reference_is_stored_and_belongs_to_its_base(tok, known, base, tmp_path)
     done = dpo(base, tmp_path / "pairs", CONFIG, tmp_path / "run", held_out=known, quiet=True)
     log = read_log(tmp_path / "run")
     assert log[0]["dpo_loss"] == pytest.approx(math.log(2), abs=1e-4) and done["val_margin"] > 0 and done["val_accuracy"] > 0.6
-    assert dpo(base, replace(known, reference=None, reference_id=""), CONFIG, tmp_path / "run", quiet=True)["step"] == CONFIG.steps  # the same run
+    unknown = replace(known, reference=None, reference_id="")
+    assert dpo(base, unknown, CONFIG, tmp_path / "run", quiet=True)["step"] == CONFIG.steps  # the same run
     with pytest.raises(DPOError, match="beta = 0.1, and this one has 0.3"):
         dpo(base, known, CONFIG, tmp_path / "run", beta=0.3, quiet=True)
     with pytest.raises(DPOError, match="the reference of these pairs"):
@@ -370,17 +417,21 @@ def test_reference_is_stored_and_belongs_to_its_base(tok, known, base, tmp_path)
 
 
 BAD_PAIRS = [
-    ({"prompt": "red", "chosen": "red"}, "needs the fields chosen and rejected"), ({"prompt": "red", "chosen": "red", "rejected": "red"}, "the same text"),
-    ({"prompt": "red", "chosen": " ", "rejected": "red"}, "empty answer"), ({"prompt": [], "chosen": "red", "rejected": "blue"}, "message 1"),
+    ({"prompt": "red", "chosen": "red"}, "needs the fields chosen and rejected"),
+    ({"prompt": "red", "chosen": "red", "rejected": "red"}, "the same text"),
+    ({"prompt": "red", "chosen": " ", "rejected": "red"}, "empty answer"),
+    ({"prompt": [], "chosen": "red", "rejected": "blue"}, "message 1"),
     ({"chosen": "red", "rejected": "blue"}, "message 1"), ({"prompt": "red", "chosen": 3, "rejected": "blue"}, "chosen is neither"),
-    ({"prompt": [turn("user", "a"), turn("assistant", "b")], "chosen": "red", "rejected": "blue"}, "message 3 comes from the assistant"), ("red", "needs the fields"),
-    ({"prompt": "red", "chosen": "red", "rejected": [turn("user", "blue")]}, "rejected is neither"), ({"prompt": 5, "chosen": "red", "rejected": "blue"}, "message 1"),
+    ({"prompt": [turn("user", "a"), turn("assistant", "b")], "chosen": "red", "rejected": "blue"}, "message 3 comes from the assistant"),
+    ("red", "needs the fields"),
+    ({"prompt": "red", "chosen": "red", "rejected": [turn("user", "blue")]}, "rejected is neither"),
+    ({"prompt": 5, "chosen": "red", "rejected": "blue"}, "message 1"),
 ]
 
 
 @pytest.mark.parametrize("row, words", BAD_PAIRS)
 def test_bad_pairs_are_one_sentence_with_the_row(row, words, tok, capsys):
-    with pytest.raises(DPOError) as caught:
+    with pytest.raises(PreferenceError) as caught:
         build_preferences([PAIRS[0], row], tok, 64)
     assert str(caught.value).startswith("row 2: ") and words in str(caught.value) and "\n" not in str(caught.value)
     assert len(build_preferences([PAIRS[0], row], tok, 64, on_bad="skip")) == 1 and "left out 1 of 2" in capsys.readouterr().out
@@ -389,7 +440,7 @@ def test_bad_pairs_are_one_sentence_with_the_row(row, words, tok, capsys):
 def test_pairs_too_long_are_dropped_and_counted(tok):
     data = build_preferences([PAIRS[0], PAIRS[0] | {"rejected": "red " * 60}], tok, 64)
     assert data.stats["pairs"] == 1 and data.stats["dropped"] == 1
-    with pytest.raises(DPOError, match="no pair fits into 4 tokens"):
+    with pytest.raises(PreferenceError, match="no pair fits into 4 tokens"):
         build_preferences(PAIRS, tok, 4)
 
 
@@ -406,11 +457,17 @@ def same_sides(data):
 
 def both_ways(data):
     double = lambda a: np.concatenate([a, a[:, ::-1]])
-    return replace(data, ids=double(data.ids), lengths=double(data.lengths), reference=double(data.reference), answer_start=np.tile(data.answer_start, 2))
+    doubled = {name: double(getattr(data, name)) for name in ("ids", "lengths", "reference")}
+    return replace(data, **doubled, answer_start=np.tile(data.answer_start, 2))
 
 
 def live_reference(model, batch):
     return dpo_objective()(model, batch | {"reference": pair_logprobs(model, batch).detach()})
+
+
+def falling(model, batch):
+    loss, count, metrics = dpo_objective()(model, batch)
+    return loss + 0.3 * pair_logprobs(model, batch)[:, 0].clamp(min=-60).sum(), count, metrics
 
 
 SICK = {
@@ -423,7 +480,7 @@ SICK = {
     "cannot tell": dict(change=both_ways, steps=60),
     "margins explode": dict(lr=1e-2, muon_lr=0.05, steps=60),
     "far from the reference": dict(lr=1e-2, muon_lr=0.05, steps=60),
-    "becomes unlikely": dict(lr=1e-2, muon_lr=0.05, steps=60),
+    "becomes unlikely": dict(objective=falling),
 }
 
 
@@ -450,7 +507,8 @@ def test_a_run_without_numbers_and_sick_pairs_are_named(known, tok):
     assert "100% of the pairs" in inspect_pairs(build_preferences(short, tok, 64))[0] and inspect_pairs(known)[0].startswith("healthy")
 
 
-@pytest.mark.parametrize("bad", [dict(beta=0), dict(beta=-1), dict(beta=math.nan), dict(label_smoothing=0.5), dict(label_smoothing=-0.1), dict(sft_weight=-1)])
+@pytest.mark.parametrize("bad", [
+    dict(beta=0), dict(beta=-1), dict(beta=math.nan), dict(label_smoothing=0.5), dict(label_smoothing=-0.1), dict(sft_weight=-1)])
 def test_settings_out_of_range(bad):
     with pytest.raises(DPOError, match="must lie between"):
         dpo_objective(**bad)

@@ -71,7 +71,10 @@ class Cell:
     @property
     def tree(self) -> ast.Module:
         plain = "\n".join("pass" if re.match(r"\s*[%!]", line) else line for line in self.source.splitlines())
-        return ast.parse(plain)
+        try:
+            return ast.parse(plain)
+        except SyntaxError as error:
+            pytest.fail(f"cell {self.index} is not Python: {error.msg} in line {error.lineno}: {error.text}", pytrace=False)
 
 
 @dataclass

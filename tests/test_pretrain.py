@@ -1,0 +1,401 @@
+"""Training that is killed, stopped, starved and fed wrong data: what must hold, whatever happens.
+
+The kills are real: a child process trains and is ended by SIGKILL at a given step or at a random moment, in the middle of
+whatever it was doing. One parent process imports everything once and forks the children, so that a kill costs no import.
+"""
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from slm.artifacts import ArtifactError, load_checkpoint
+from slm.config import ModelConfig, override, rng, seed_everything
+from slm.model import TransformerLM
+from slm.optim import TrainConfig, build_optimizer, load_optimizer_tensors, optimizer_tensors
+from slm.pretrain import Run, begin, bits_per_byte, load_model, read_log, resume, save, train
+from slm.steps import Interrupted, TrainingError, accumulate, lm_loss, set_rng_state, training_step
+
+TINY = ModelConfig(vocab_size=64, context_length=16, n_layer=2, n_head=2, d_model=32, d_ff=64, dropout=0.1)
+CONFIG = TrainConfig(steps=14, batch_size=6, micro_batch_size=4, context_length=16, warmup_steps=3, schedule="cosine", save_every=4,
+                     save_seconds=None, precision="float32")
+ROWS, EPOCH = 6, 5                                                          # 5 steps are an epoch: 14 steps cross two borders
+
+
+def batch_at(step, seed=0):
+    """Rows of a fixed table in an order that is shuffled anew in every epoch; ragged labels."""
+    table = rng("table").integers(64, size=(ROWS * EPOCH, 17))
+    order = rng("order", seed, step // EPOCH).permutation(len(table))
+    rows = torch.from_numpy(table[order[step % EPOCH * ROWS:][:ROWS]])
+    labels = rows[:, 1:].clone()
+    for i in range(ROWS):
+        labels[i, : 2 * i] = -100
+    return {"ids": rows[:, :-1], "labels": labels}
+
+
+def fresh(seed=1):
+    seed_everything(seed)
+    return TransformerLM(TINY)
+
+
+def go(run_dir, config=CONFIG, **options):
+    """Train (or go on) in a folder; the model."""
+    model = fresh()
+    train(model, options.pop("batch_at", batch_at), options.pop("loss_fn", lm_loss), config, run_dir, **{"quiet": True} | options)
+    return model
+
+
+def everything(run_dir):
+    """All that a finished run leaves: weights, optimizer, random state, and the log without its clock."""
+    _, saved = load_model(run_dir)
+    log = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in read_log(run_dir)]
+    return saved.model, saved.optimizer, saved.state["rng"], log
+
+
+def same(a, b):
+    (model_a, opt_a, rng_a, log_a), (model_b, opt_b, rng_b, log_b) = a, b
+    tensors = all(x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x) for x, y in ((model_a, model_b), (opt_a, opt_b)))
+    return tensors and rng_a == rng_b and log_a == log_b
+
+
+def stop_at(when, how):
+    return lambda step: how() if step == when else None
+
+
+def boom():
+    raise RuntimeError("boom")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference")
+    go(folder / "run")
+    return everything(folder / "run")
+
+
+# --------------------------------------------------------------------------------------------------------------- kill -9
+FORKER = """
+import json, os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import test_pretrain as t
+
+def child(job):
+    pid = os.fork()
+    if pid:
+        return pid
+    kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        t.go(job["dir"], t.override(t.CONFIG, job["set"]), on_step=t.stop_at(job.get("at"), kill))
+        os._exit(0)
+    except BaseException as error:
+        print(repr(error), file=sys.stderr, flush=True)
+        os._exit(7)
+
+for line in sys.stdin:
+    job = json.loads(line)
+    pid, start = child(job), time.perf_counter()
+    if "after" in job:
+        time.sleep(job["after"])
+        try: os.kill(pid, job.get("signal", signal.SIGKILL))
+        except ProcessLookupError: pass
+    _, status = os.waitpid(pid, 0)
+    print(json.dumps([os.waitstatus_to_exitcode(status), time.perf_counter() - start]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def forker():
+    """A function that runs one training process to its end or its death; returns its exit code and its seconds."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    code = FORKER.format(tests=str(Path(__file__).parent))
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def run(folder, *settings, **job):
+        process.stdin.write(json.dumps({"dir": str(folder), "set": list(settings), **job}) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield run
+    process.stdin.close()
+    process.wait(20)
+
+
+@pytest.mark.parametrize("settings", [[], ["precision=bfloat16", "optimizer=adamw", "schedule=wsd"]], ids=["muon-fp32", "adamw-bf16"])
+def test_killed_at_given_steps_ends_with_the_same_bits(forker, tmp_path, settings):
+    assert forker(tmp_path / "whole", *settings)[0] == 0
+    for when in (2, 4, 7, 9, 13):                              # before the first save, on a save, beside epoch borders (5, 10)
+        assert forker(tmp_path / "cut", *settings, at=when)[0] == -signal.SIGKILL
+    assert forker(tmp_path / "cut", *settings)[0] == 0
+    assert same(everything(tmp_path / "whole"), everything(tmp_path / "cut"))
+    assert [r["step"] for r in read_log(tmp_path / "cut")] == list(range(1, 15))
+
+
+def test_killed_at_random_moments_always_goes_on(forker, tmp_path):
+    code, seconds = forker(tmp_path / "whole", "save_every=1", "steps=40")
+    last, kills = 0, 0
+    assert code == 0
+    for moment in rng("moments").uniform(0.1, 0.4, size=40):
+        code, _ = forker(tmp_path / "cut", "save_every=1", "steps=40", after=float(moment * seconds))
+        steps = [int(p.name[5:]) for p in (tmp_path / "cut").glob("step-*")]
+        assert code in (0, -signal.SIGKILL) and max(steps, default=0) >= last        # never back behind what was saved
+        last, kills = max(steps, default=0), kills + (code != 0)
+        if code == 0:
+            break
+    assert forker(tmp_path / "cut", "save_every=1", "steps=40")[0] == 0 and kills >= 2
+    assert same(everything(tmp_path / "whole"), everything(tmp_path / "cut"))
+
+
+# --------------------------------------------------------------------------------------------------- stopped, and the controls
+@pytest.mark.parametrize("moments", [(6,), (3, 11), (5, 10)])
+def test_interrupted_equals_uninterrupted(tmp_path, reference, moments):
+    for when in moments:
+        with pytest.raises(RuntimeError, match="boom"):
+            go(tmp_path / "run", on_step=stop_at(when, boom))
+    go(tmp_path / "run")
+    assert same(everything(tmp_path / "run"), reference)
+
+
+def forget_step(run, saved, real=resume):
+    real(run, saved).step = 0
+    return run
+
+
+@pytest.mark.parametrize("name, broken", [
+    ("set_rng_state", lambda state: torch.manual_seed(5)), ("load_optimizer_tensors", lambda opt, tensors: None), ("resume", forget_step),
+], ids=["random numbers", "optimizer", "step"])
+def test_negative_control_what_is_not_restored_is_missed(tmp_path, reference, monkeypatch, name, broken):
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "run", on_step=stop_at(6, boom))
+    monkeypatch.setattr(f"slm.pretrain.{name}", broken)
+    go(tmp_path / "run")
+    weights = everything(tmp_path / "run")[0]
+    assert not all(torch.equal(weights[k], reference[0][k]) for k in weights)
+
+
+def test_looking_does_not_alter_the_run(tmp_path, reference):
+    looked = override(CONFIG, ["eval_every=3", "sample_every=4", "log_every=2", "save_every=5"])
+    go(tmp_path / "run", looked, evaluate=lambda model: {"noise": torch.rand(1).item()}, sample=lambda model: str(np.random.rand()))
+    assert all(torch.equal(a, b) for a, b in zip(everything(tmp_path / "run")[0].values(), reference[0].values(), strict=True))
+    assert [r["step"] for r in read_log(tmp_path / "run") if "noise" in r] == [3, 6, 9, 12, 14]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_the_current_step(tmp_path, reference, number, capsys):
+    leaving = pytest.raises(Interrupted, match="step 6 of 14") if number == signal.SIGINT else pytest.raises(SystemExit)
+    before = signal.getsignal(number)
+    with leaving as caught:
+        go(tmp_path / "run", on_step=stop_at(6, lambda: os.kill(os.getpid(), number)), quiet=False)
+    assert getattr(caught.value, "code", 0) == 0 and "run the same again" in capsys.readouterr().out
+    assert signal.getsignal(number) is before and load_model(tmp_path / "run")[1].state["step"] == 6
+    go(tmp_path / "run")
+    assert same(everything(tmp_path / "run"), reference)
+
+
+def test_the_second_signal_leaves_at_once(tmp_path):
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        go(tmp_path / "run", on_step=stop_at(6, twice))
+    assert not isinstance(caught.value, Interrupted) and load_model(tmp_path / "run")[1].state["step"] == 4      # the save before
+
+
+def test_sigterm_from_outside_ends_with_code_0(forker, tmp_path, reference):
+    code, seconds = forker(tmp_path / "whole", "steps=60")
+    code, _ = forker(tmp_path / "run", "steps=60", after=0.5 * seconds, signal=signal.SIGTERM)
+    assert code in (0, 7)                                                   # 7: SystemExit(0), seen by the forker
+    assert forker(tmp_path / "run", "steps=60")[0] == 0
+    assert same(everything(tmp_path / "whole"), everything(tmp_path / "run"))
+
+
+# ------------------------------------------------------------------------------------------------------------------ one step
+def gradients(config, model):
+    model.zero_grad()
+    record = accumulate(model, batch_at(0), lm_loss, config)
+    return record, [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 6, 100])
+def test_accumulation_with_ragged_labels_gives_the_same_gradient(size):
+    model = fresh().eval()                                                  # no dropout: its masks would differ
+    (whole, expected), (parts, found) = (gradients(override(CONFIG, [f"micro_batch_size={s}"]), model) for s in ("none", size))
+    assert whole["targets"] == parts["targets"] == sum(16 - 2 * i for i in range(ROWS))
+    assert math.isclose(whole["loss"], parts["loss"], rel_tol=1e-5)
+    for a, b in zip(expected, found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def wrong_from(first, last=10**9):
+    """A loss that is not a number in steps first … last (counted from 1)."""
+    calls = {"step": 0}
+
+    def loss_fn(model, batch):
+        loss, count, metrics = lm_loss(model, batch)
+        calls["step"] += 1
+        return (loss * float("nan") if first <= calls["step"] <= last else loss), count, metrics
+    return loss_fn
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_bad_step_moves_nothing(poison):
+    model = fresh()
+    opt = build_optimizer(model, CONFIG)
+    training_step(model, opt, batch_at(0), lm_loss, CONFIG, 0)
+    weights, state = {k: v.clone() for k, v in model.state_dict().items()}, optimizer_tensors(opt)
+    record = training_step(model, opt, batch_at(1), lambda m, b: (lm_loss(m, b)[0] * poison, 1, {}), CONFIG, 1)
+    assert record["skipped"] and all(torch.equal(weights[k], v) for k, v in model.state_dict().items())
+    assert all(torch.equal(state[k], v) for k, v in opt.tensors().items())
+
+
+def test_an_infinite_gradient_behind_a_finite_loss_moves_nothing():
+    model = fresh()
+    opt, before = build_optimizer(model, CONFIG), fresh().state_dict()
+
+    def loss_fn(model, batch):
+        loss, count, metrics = lm_loss(model, batch)
+        return loss + (model.norm.weight.sum() * 0).sqrt(), count, metrics                  # the slope of a root at zero
+    assert training_step(model, opt, batch_at(0), loss_fn, CONFIG, 0)["skipped"]
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_bad_steps_are_skipped_and_logged_and_too_many_end_the_run(tmp_path):
+    config = override(CONFIG, ["micro_batch_size=none", "max_bad_steps=3"])
+    go(tmp_path / "two", config, loss_fn=wrong_from(5, 6))
+    log = read_log(tmp_path / "two")
+    assert [r["step"] for r in log if r["skipped"]] == [5, 6] and log[4]["loss"] is None
+    json.loads((tmp_path / "two" / "log.jsonl").read_text().splitlines()[5], parse_constant=lambda word: pytest.fail(word))
+    with pytest.raises(TrainingError, match="steps 6 to 8 .*lower the learning rate"):
+        go(tmp_path / "always", config, loss_fn=wrong_from(6))
+    assert load_model(tmp_path / "always")[1].state["step"] == 4                              # the last good checkpoint
+
+
+def test_the_count_of_bad_steps_survives_an_interruption(tmp_path):
+    config = override(CONFIG, ["micro_batch_size=none", "max_bad_steps=3", "save_every=1"])
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "run", config, loss_fn=wrong_from(6), on_step=stop_at(7, boom))
+    with pytest.raises(TrainingError, match="steps 6 to 8"):
+        go(tmp_path / "run", config, loss_fn=wrong_from(0))
+
+
+def test_a_batch_without_targets_is_refused_by_its_step(tmp_path):
+    empty = lambda step: batch_at(step) | ({"labels": torch.full((6, 16), -100)} if step == 3 else {})
+    with pytest.raises(TrainingError, match="step 4 has no target"):
+        go(tmp_path / "run", batch_at=empty)
+
+
+# --------------------------------------------------------------------------------------------------------------- the run's folder
+@pytest.mark.parametrize("change, words", [
+    ({"config": ["lr=0.1"]}, "config.lr"), ({"config": ["seed=3"]}, "config.seed"), ({"config": ["micro_batch_size=2"]}, "micro_batch"),
+    ({"config": ["steps=20"]}, "config.steps"), ({"parents": {"pack": "b"}}, "parents.pack"), ({"data": 1}, "other data"),
+    ({"model": ["d_ff=128"]}, "model_config.d_ff"),
+])
+def test_another_run_is_refused_by_name(tmp_path, change, words):
+    parents = {"pack": "a"}
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "run", parents=parents, on_step=stop_at(4, boom))
+    before = sorted(p.name for p in (tmp_path / "run").iterdir())
+    seed_everything(1)
+    model, config = TransformerLM(override(TINY, change.get("model", []))), override(CONFIG, change.get("config", []))
+    with pytest.raises(TrainingError, match=words):
+        train(model, lambda step: batch_at(step, change.get("data", 0)), lm_loss, config, tmp_path / "run",
+              parents=change.get("parents", parents), quiet=True)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
+
+
+def test_a_finished_run_returns_at_once(tmp_path, reference):
+    go(tmp_path / "run")
+    model = go(tmp_path / "run", on_step=lambda step: pytest.fail("a step was made"))
+    assert all(torch.equal(reference[0][k], v) for k, v in model.state_dict().items()) and not model.training
+
+
+def test_damaged_checkpoints_the_older_one_is_taken_and_none_is_an_error(tmp_path, reference, capsys):
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "run", on_step=stop_at(9, boom))
+    for name, resumed in (("step-00000008", 4), ("step-00000004", None)):
+        file = tmp_path / "run" / name / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-100] ^= 1
+        file.write_bytes(data)
+        run = Run(fresh(), batch_at, CONFIG, tmp_path / "run", {}, {}, {}, "test", True)
+        if resumed:
+            assert begin(run).step == 4 and name in capsys.readouterr().out
+            continue
+        with pytest.raises(TrainingError, match="none of them is intact"):
+            begin(run)
+
+
+def test_two_writers_the_second_is_refused(tmp_path):
+    def second():
+        with pytest.raises(ArtifactError, match=str(os.getpid())):
+            go(tmp_path / "run")
+    go(tmp_path / "run", on_step=stop_at(2, second))
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(tmp_path, reference, monkeypatch, capsys):
+    import slm.pretrain
+    real = slm.pretrain.save_checkpoint
+
+    def failing(run_dir, step, *args, **kwargs):
+        if step == 8:
+            raise ArtifactError("disk full: need 3 MB, have 1 MB")
+        return real(run_dir, step, *args, **kwargs)
+    monkeypatch.setattr(slm.pretrain, "save_checkpoint", failing)
+    go(tmp_path / "run", quiet=False)
+    assert "step 8 is not saved" in capsys.readouterr().out and same(everything(tmp_path / "run"), reference)
+
+
+def test_a_half_written_log_is_repaired(tmp_path, reference):
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "run", on_step=stop_at(6, boom))
+    with open(tmp_path / "run" / "log.jsonl", "a") as f:
+        f.write('{"step": 7, "loss": 1.')
+    go(tmp_path / "run")
+    assert same(everything(tmp_path / "run"), reference)
+    assert "run_id" in json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+
+
+def test_a_checkpoint_holds_what_the_next_chapters_need(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    result = train(fresh(), batch_at, lm_loss, CONFIG, tmp_path / "run", files={"tokenizer.json": tmp_path / "tokenizer.json"}, quiet=True,
+                   parents={"pack": "a"}, state_extra={"stage": "x"}, evaluate=lambda model: {"bits_per_byte": np.float32(2)})
+    saved = load_checkpoint(result["checkpoint"])
+    assert {"step", "config", "model_config", "rng", "tokens_seen", "parents", "stage"} <= saved.state.keys()
+    assert (saved.path / "tokenizer.json").read_text() == "{}" and saved.manifest["parents"] == {"pack": "a"}
+    assert result["bits_per_byte"] == 2 and result["tokens"] == 14 * 6 * 16 and (tmp_path / "run" / "config.yaml").exists()
+    with pytest.raises(TrainingError, match="there is no checkpoint"):
+        load_model(tmp_path)
+
+
+def test_a_state_of_another_optimizer_is_refused_by_name():
+    model = fresh()
+    with pytest.raises(Exception, match="does not fit this optimizer at 'embed.weight"):
+        state = {k: v for k, v in optimizer_tensors(build_optimizer(model, CONFIG)).items() if k != "embed.weight:exp_avg"}
+        load_optimizer_tensors(build_optimizer(model, CONFIG), state)
+
+
+def test_rng_and_save_by_seconds(tmp_path):
+    run = Run(fresh(), batch_at, override(CONFIG, ["save_every=none", "save_seconds=0"]), tmp_path / "run", {}, {}, {}, "test", True)
+    save(begin(run))
+    first = torch.rand(4)
+    set_rng_state(load_model(tmp_path / "run")[1].state["rng"])
+    assert torch.equal(torch.rand(4), first)
+    go(tmp_path / "seconds", override(CONFIG, ["save_every=none", "save_seconds=0", "keep=3"]))
+    assert len(list((tmp_path / "seconds").glob("step-*"))) == 3
+
+
+def test_bits_per_byte_of_an_untrained_model_is_log2_of_the_vocabulary():
+    docs = [[0, *rng("doc", i).integers(1, 64, size=40 + i).tolist(), 0] for i in range(8)]
+    result = bits_per_byte(fresh(), docs, [len(doc) - 1 for doc in docs])
+    assert result["low"] < result["bits_per_byte"] < result["high"] and abs(result["bits_per_byte"] - 6) < 0.3
+    assert result["bytes"] == sum(len(doc) - 1 for doc in docs) and result["docs"] == 8
