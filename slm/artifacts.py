@@ -180,7 +180,7 @@ def load_checkpoint(path: str | Path, optimizer: bool = True) -> Checkpoint:
 # %% ../nbs/04_artifacts.ipynb #52df6dcb
 def latest_checkpoint(run_dir: str | Path) -> Path | None:
     """The checkpoint of the highest step that verifies. Damaged ones are skipped with a printed reason; None when there is none."""
-    if Path(run_dir).is_dir():
+    if os.path.isdir(run_dir):
         tidy(run_dir)
     for _, folder in reversed(step_folders(run_dir)):
         try:

@@ -40,7 +40,7 @@ def human_bytes(n: float) -> str:
 def nearest_folder(path: str | Path) -> Path:
     """The closest folder at or above `path` that exists."""
     path = Path(path).absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
+    return next(folder for folder in (path, *path.parents) if os.path.isdir(folder))      # False where we may not even look
 
 # %% ../nbs/02_files.ipynb #d4b25883
 def explain_os_error(error: Exception, path: str | Path) -> ArtifactError:

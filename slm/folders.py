@@ -63,11 +63,11 @@ def check_manifest(manifest: object, path: Path) -> None:
 def read_manifest(path: str | Path) -> dict:
     """The manifest of an artifact, its own id checked. Raises ArtifactError when it is missing or damaged."""
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         tidy(path.parent)                        # perhaps a kill left it under its other name
-    if not path.is_dir():
-        raise ArtifactError(f"{path} is {'a file' if path.exists() else 'missing'}, but should be a folder made by slm")
-    if not (path / MANIFEST).exists():
+    if not os.path.isdir(path):
+        raise ArtifactError(f"{path} is {'a file' if os.path.exists(path) else 'missing'}, but should be a folder made by slm")
+    if not os.path.lexists(path / MANIFEST):
         raise ArtifactError(f"{path} has no {MANIFEST}: it is unfinished, or was not made by slm")
     manifest = read_json(path / MANIFEST)
     check_manifest(manifest, path / MANIFEST)

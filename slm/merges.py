@@ -156,7 +156,7 @@ def compile_own(pattern: str) -> re.Pattern:
     except re.error as error:
         raise TokenizerError(f"the pattern {pattern!r} is no regular expression: {error}") from None
     if compiled.groups or compiled.match(""):
-        raise TokenizerError(f"the pattern {pattern!r} has a group ( ) or matches nothing at all: write (?: ) for groups, and + instead of *")
+        raise TokenizerError(f"the pattern {pattern!r} has a group ( ) or can match nothing: write (?: ) for groups, and + instead of *")
     return compiled
 
 def checked_words(text: str, words: list[str], pattern: str) -> list[str]:

@@ -7,17 +7,17 @@ __all__ = ['MARKER', 'TABLES', 'HUB_NAME', 'CLEANING', 'DataError', 'why_not_tex
            'cut_long', 'paragraphs', 'cut_at_blank_lines', 'Source', 'document', 'read_text_file', 'trouble_with',
            'text_source', 'table_kind', 'quiet_datasets', 'lines_of', 'first_bad_line', 'row_document', 'stream_rows',
            'table_source', 'visible_files', 'file_source', 'folder_source', 'hub_revision', 'hub_source',
-           'storyworld_source', 'refuse_name', 'looks_like_hub', 'open_source', 'unify_newlines', 'compose',
-           'drop_controls', 'trim', 'clean']
+           'storyworld_source', 'kind_on_disk', 'refuse_name', 'looks_like_hub', 'open_source', 'unify_newlines',
+           'compose', 'drop_controls', 'trim', 'clean']
 
 # %% ../nbs/41_sources.ipynb #de9bc7dc
-import glob, gzip, itertools, json, re, unicodedata, warnings
+import glob, gzip, itertools, json, os, re, unicodedata, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Callable, Iterable, Iterator
-from .artifacts import sha256_file
+from .artifacts import explain_os_error, sha256_file
 from .config import SLMError, config_hash, did_you_mean, sentence_of
 
 # %% ../nbs/41_sources.ipynb #309a8ece
@@ -278,9 +278,16 @@ def storyworld_source(seed: int) -> Source:
 # %% ../nbs/41_sources.ipynb #9aa7969c
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
+def kind_on_disk(path: Path) -> str | None:
+    """Whether there is a "folder" or a "file" of that name, or None. Raises DataError where we may not look."""
+    try:
+        return "folder" if path.is_dir() else "file" if path.exists() else None
+    except OSError as error:
+        raise DataError(str(explain_os_error(error, path))) from None
+
 def refuse_name(name: str, path: Path) -> DataError:
     """The error for a name that is no file, folder or hub data set, with the closest name beside it."""
-    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    beside = sorted(os.listdir(path.parent)) if os.access(path.parent, os.R_OK) and path.parent.is_dir() else []
     hint = did_you_mean(path.name, beside) or ": give a path, storyworld, or owner/name of the hub"
     return DataError(f"there is no file or folder {name!r}{hint}")
 
@@ -295,11 +302,12 @@ def open_source(name: str | Path, *, seed: int = 0, limit_docs: int | None = Non
     """Text by name: "storyworld", a file (.txt, .jsonl, .json, .csv, .parquet, .gz of these, or any text), a folder, or "owner/name" of
     the datasets hub. `text_field` is for tables, `split` for the hub, `seed` for the story world. Raises DataError."""
     name, path = str(name), Path(name)
+    kind = kind_on_disk(path)
     if name == "storyworld":
         source = storyworld_source(seed)
-    elif path.is_dir():
+    elif kind == "folder":
         source = folder_source(path, name, text_field)
-    elif path.exists():
+    elif kind == "file":
         source = file_source(path, name, text_field)
     elif looks_like_hub(name, path):
         source = hub_source(name, text_field, split)

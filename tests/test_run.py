@@ -1,0 +1,139 @@
+"""`slm run` under fire: killed in every stage it ends with the same bits as a run left alone; twice in a row it does nothing; bad input leaves nothing behind."""
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+MINUTES = "0.06"
+STAGES = ("corpus", "tokenizer", "pack", "pretrain", "sft", "dpo", "int8", "report")
+
+
+def slm_run(out: Path, *more: str, minutes: str = MINUTES) -> list[str]:
+    return [sys.executable, "-c", "from slm.cli import main; main()", "run", "--preset", "tiny", "--minutes", minutes, "--name", "t", "--out", str(out), *more]
+
+
+def environment() -> dict:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def run(out: Path, *more: str, **how) -> subprocess.CompletedProcess:
+    return subprocess.run(slm_run(out, *more, **how), capture_output=True, text=True, env=environment(), timeout=600)
+
+
+def weights(out: Path) -> dict:
+    """SHA-256 of every file of weights that a run leaves behind."""
+    files = sorted((out / "t").rglob("model.safetensors"))
+    return {str(f.relative_to(out)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def status(out: Path, stage: str) -> str | None:
+    record = out / "t" / "stages" / f"{stage}.json"
+    try:
+        return json.loads(record.read_text()).get("status")
+    except (OSError, ValueError):
+        return None
+
+
+def kill_during(out: Path, stage: str, wait: float) -> bool:
+    """Start a run, SIGKILL it `wait` seconds after `stage` has begun; False when the stage was over before that."""
+    process = subprocess.Popen(slm_run(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
+    while process.poll() is None and status(out, stage) is None:
+        time.sleep(0.005)
+    time.sleep(wait)
+    during = process.poll() is None and status(out, stage) == "started"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    return during
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory) -> Path:
+    """A run that nobody disturbed"""
+    out = tmp_path_factory.mktemp("calm")
+    done = run(out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_report_has_what_programs_read(calm):
+    report = json.loads((calm / "t" / "report.json").read_text())
+    assert {"floor", "val", "int8"} <= report["bits_per_byte"].keys()
+    assert report["bits_per_byte"]["floor"] < report["bits_per_byte"]["val"] < 4
+    for model in ("base", "sft", "dpo"):
+        assert 0 <= report["judge"][model]["low"] <= report["judge"][model]["overall"] <= report["judge"][model]["high"] <= 1
+    assert report["size_bytes"]["int8"] < report["size_bytes"]["fp32"] / 3
+    assert report["parameters"] > 500_000 and report["tokens_per_second"] > 0
+    assert set(report["seconds"]) == set(STAGES) - {"report"}
+    text = (calm / "t" / "report.md").read_text()
+    pictures = [line.split("(")[1].rstrip(")") for line in text.splitlines() if line.startswith("![")]
+    assert len(pictures) == 4 and all((calm / "t" / p).stat().st_size > 5_000 for p in pictures)
+
+
+def test_second_run_does_nothing_and_says_so(calm):
+    before = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in sorted(calm.rglob("*")) if f.is_file()}
+    again = run(calm)
+    assert again.returncode == 0 and again.stdout.count("up to date") >= len(STAGES) and "nothing to do" in again.stdout
+    changed = [f.name for f, (when, content) in before.items() if f.name != "run.lock" and (f.stat().st_mtime_ns != when or f.read_bytes() != content)]
+    assert changed == []
+
+
+def test_killed_in_every_stage_ends_with_the_same_bits(calm, tmp_path):
+    hit = [stage for i, stage in enumerate(STAGES) if kill_during(tmp_path, stage, wait=0.05 * (i % 3))]
+    assert len(hit) >= 6, f"only these stages were caught while they worked: {hit}"
+    last = run(tmp_path)
+    assert last.returncode == 0, last.stderr
+    assert weights(tmp_path) == weights(calm)
+
+
+def test_another_seed_gives_other_bits(calm, tmp_path):
+    assert run(tmp_path, "--seed", "1").returncode == 0
+    assert not set(weights(tmp_path).values()) & set(weights(calm).values())
+
+
+def test_redo_by_name_redoes_what_depends_on_it(calm):
+    before = weights(calm)
+    redone = run(calm, "--redo", "sft")
+    assert redone.returncode == 0 and redone.stdout.count("asked for by --redo") == 4, redone.stdout + redone.stderr
+    assert redone.stdout.count("up to date") == 4 and weights(calm) == before
+
+
+def test_chat_and_load_open_the_result(calm):
+    chat = [sys.executable, "-c", "from slm.cli import main; main()", "chat", str(calm / "t"), "--max-new-tokens", "8"]
+    said = subprocess.run(chat, input="Tell me a story.\n", capture_output=True, text=True, env=environment(), timeout=120)
+    assert said.returncode == 0 and said.stdout.strip(), said.stderr
+    import slm
+    lm = slm.load(calm / "t")
+    assert "int8" in repr(lm) and lm.generate("Once", max_new_tokens=5, seed=1) == lm.generate("Once", max_new_tokens=5, seed=1)
+
+
+@pytest.mark.parametrize("arguments, word", [
+    (["--corpus", "missing.txt"], "missing.txt"), (["--corpus", "empty.txt"], "empty"), (["--corpus", "noise.bin"], "text"), (["--corpus", "nothing"], "nothing"),
+    (["--preset", "stroy"], "story"), (["--redo", "tokeniser"], "tokenizer"), (["--minutes", "nan"], "minutes"), (["--corpus", "small.txt", "--vocab-size", "40000"], "40000"),
+])
+def test_bad_input_is_one_sentence(tmp_path, arguments, word):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "noise.bin").write_bytes(bytes(range(256)) * 64)
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "small.txt").write_text("\n\n".join(f"The {i}th small text says nothing at all, and says it {i} times." for i in range(400)))
+    words = [sys.executable, "-c", "from slm.cli import main; main()", "run", "--preset", "tiny", "--minutes", MINUTES, "--out", "made", *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=120)
+    said = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and said and "Traceback" not in done.stderr, done.stderr
+    assert word in said[-1]
+    assert not [p for p in tmp_path.rglob("*.tmp*")]
+    if "--vocab-size" not in arguments:
+        assert not (tmp_path / "made").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs /proc or a read-only mount")
+def test_folder_that_cannot_be_written(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("a file where a folder is wanted")
+    done = run(blocked)
+    assert done.returncode == 2 and "Traceback" not in done.stderr and str(blocked) in done.stderr, done.stderr
