@@ -95,12 +95,12 @@ def mark_seen(prompts: list[list[int]], n_vocab: int) -> Tensor:
 
 # %% ../nbs/91_decode.ipynb #d67ca352
 def predict(model: TransformerLM, ids: Tensor, cache: KVCache) -> Tensor:
-    "Logits (B, V) of the token that follows ids (B, T), in evaluation mode, whichever mode the model is in."
+    "Logits (B, V), on the CPU, of the token that follows ids (B, T); in evaluation mode, whichever mode the model is in."
     training = model.training
     if training: model.eval()
-    logits = model(ids, cache=cache, last_only=True)[:, -1]
+    logits = model(ids.to(cache.keys.device), cache=cache, last_only=True)[:, -1]
     if training: model.train()
-    return logits
+    return logits.cpu()
 
 # %% ../nbs/91_decode.ipynb #a7624118
 def uniform_rows(seeds: list[int], n: int) -> Tensor:
@@ -122,13 +122,13 @@ class Decoder:
         check_prompts(prompts, model.config.context_length)
         self.model, self.sampling, self.n_vocab = model, sampling, n_vocab or model.config.vocab_size
         self.answers = Answers([model.config.context_length - len(p) for p in prompts], sampling.max_new_tokens, stop_ids)
-        self.rows, device = list(range(len(prompts))), model.head_weight.device     # rows: the prompt that each row of the batch serves
+        self.rows = list(range(len(prompts)))                   # the prompt that each row of the batch serves
         longest = min(sampling.max_new_tokens, max(self.answers.room))
-        self.uniforms = uniform_rows(seeds_of(seeds, len(prompts), sampling.seed), longest).to(device)
-        self.seen = mark_seen(prompts, self.n_vocab).to(device)
-        self.ids, start = pad_left(prompts)
+        self.uniforms = uniform_rows(seeds_of(seeds, len(prompts), sampling.seed), longest)
+        self.seen = mark_seen(prompts, self.n_vocab)            # for the repetition penalty
+        self.ids, start = pad_left(prompts)                     # what the model reads next
         self.cache = model.new_cache(len(prompts), self.ids.shape[1] + longest)
-        self.ids, self.cache.start = self.ids.to(device), None if start is None else start.to(device)
+        self.cache.start = None if start is None else start.to(self.cache.keys.device)
 
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
@@ -143,8 +143,8 @@ class Decoder:
 
     def select(self, keep: list[int]) -> None:
         "Go on with these rows of the batch alone."
-        self.rows, index = [self.rows[i] for i in keep], torch.tensor(keep, dtype=torch.long, device=self.ids.device)
-        self.cache, self.ids, self.seen = self.cache.select(index), self.ids[index], self.seen[index]
+        self.rows, index = [self.rows[i] for i in keep], torch.tensor(keep, dtype=torch.long)
+        self.cache, self.ids, self.seen = self.cache.select(index.to(self.cache.keys.device)), self.ids[index], self.seen[index]
 
 # %% ../nbs/91_decode.ipynb #2435a4b0
 class Progress:

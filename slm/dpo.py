@@ -18,8 +18,9 @@ from torch import nn
 from .artifacts import artifact_id, latest_checkpoint, read_json
 from .optim import TrainConfig
 from .preference_loss import DPOError, dpo_objective
-from .preference_loss import dpo_loss as dpo_loss
+from .preference_loss import dpo_loss as dpo_loss  # part of this chapter's front door
 from .preferences import PreferenceData, build_preferences, load_preferences, pair_rows, save_preferences, with_reference
+from .preferences import reference_logprobs as reference_logprobs
 from .pretrain import read_log, train
 from .sft import load_base
 from .steps import autocast

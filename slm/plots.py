@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SIDES', 'COMMANDS', 'GRIEF', 'MEETING', 'PLOTS', 'side', 'sights', 'Plot', 'plot']
 
-# %% ../nbs/40_plots.ipynb #b3b5b4f8
+# %% ../nbs/40_plots.ipynb #46bff4ff
 from dataclasses import dataclass
 
 from .language import COMMANDS, SCRIPTS, Step, Teller, compile_plans, perform, random_words, script, sentence, words
 from .lexicon import WORDS
 
-# %% ../nbs/40_plots.ipynb #a7128f61
+# %% ../nbs/40_plots.ipynb #93f79bda
 SIDES = (
     "{On the way|Nearby|Not far away|Close by}, @other was <doing!>.",
     "[who] <saw> @other and @other who were <doing!>.",
@@ -29,8 +29,8 @@ SIDES = (
     "<A:look> <kind!> waved <a:color> <thing!> and <cried>, \"{Hello|Good luck|What <a:weather> day|Hurry up}!\"",
 )
 
-# %% ../nbs/40_plots.ipynb #90be6980
-def side(t: Teller, nothing: int = 4) -> bool:
+# %% ../nbs/40_plots.ipynb #89b0deeb
+def side(t: Teller, nothing: int = 3) -> bool:
     "The command `:side`: perhaps a remark; `nothing` is the weight of saying nothing, each open remark has weight 1."
     t.mem["who"] = t.mem["N"] if "N2" in t.mem else t.mem["He"]
     told = t.mem.setdefault("sides", set())
@@ -42,7 +42,7 @@ def side(t: Teller, nothing: int = 4) -> bool:
         t.mem["gap"] = " "
     return bool(plan.parts)
 
-# %% ../nbs/40_plots.ipynb #8e167ea5
+# %% ../nbs/40_plots.ipynb #94a3f93b
 def sights(t: Teller) -> None:
     "The command `:sights`: perhaps a remark, and then perhaps another."
     if side(t):
@@ -51,13 +51,15 @@ def sights(t: Teller) -> None:
 
 COMMANDS |= {"side": side, "sights": sights}
 
-# %% ../nbs/40_plots.ipynb #14c284d4
+# %% ../nbs/40_plots.ipynb #9d8a29be
 GRIEF = """
     [N] was <sad> and sat <spot!>.
     / [N] {felt|looked|was} <very> <sad>.
     / [N] was <sad> and <sad>.
     / [N]'s heart was as heavy as <heavy>.
     / [N] {cried|sighed|sobbed|shivered} and felt <sad>.
+    /
+    /
     /
     /
     /
@@ -71,7 +73,7 @@ MEETING = script("meet", """
     / "Why are you so <sad>?" asked @2, who was <doing!>.
 """)
 
-# %% ../nbs/40_plots.ipynb #242caf20
+# %% ../nbs/40_plots.ipynb #5a74bad5
 @dataclass(frozen=True)
 class Plot:
     "One causal shape: the list of its object, the event that makes it, the vows and morals it can end with, and its script."
@@ -94,7 +96,7 @@ def plot(name: str, things: str, vows: str, morals: str) -> Plot:
     PLOTS[name] = Plot(name, things, key, WORDS["vow " + name], WORDS["moral " + name], steps)
     return PLOTS[name]
 
-# %% ../nbs/40_plots.ipynb #87535e9e
+# %% ../nbs/40_plots.ipynb #23e4bbe5
 script("lose", """
     @day, [N] <took> @thing to @place.
     / @day, [N] <went> to @place with @thing{ from [his] <kin>|}.
@@ -111,7 +113,7 @@ script("lose", """
     :grief
 """)
 
-# %% ../nbs/40_plots.ipynb #8c147454
+# %% ../nbs/40_plots.ipynb #ed2f507a
 script("lose end", """
     :meet
     "Did you not {stop to |}[task]?" asked [N2]{ <tone>|}.
@@ -127,13 +129,13 @@ script("lose end", """
     / But @other had {taken|found|stolen} the [col] [obj].
 """)
 
-# %% ../nbs/40_plots.ipynb #1a8cc392
+# %% ../nbs/40_plots.ipynb #1967a139
 plot("lose", "thing",
      vows="hold on to my things; look back; take care; leave nothing behind; think first; keep my things safe",
      morals="care keeps good things; looking back is wise; friends remember more; "
             "haste loses things; two heads are better; treasures need care")
 
-# %% ../nbs/40_plots.ipynb #0e991beb
+# %% ../nbs/40_plots.ipynb #544ad5f0
 script("want", """
     @day, [N] <saw> @thing at @place.
     / @day at @place, [N] <saw> @thing {for sale|in a window|<spot!>}.
@@ -150,7 +152,7 @@ script("want", """
     / At @far, @3 was <doing!>, with {a basket|a bag|a cart|plenty} of [food].
 """)
 
-# %% ../nbs/40_plots.ipynb #dec5e40e
+# %% ../nbs/40_plots.ipynb #33498120
 script("want end", """
     "First <chore=chore>," <said> [N3]{ <tone>|}.
     / "{May I have|Could I have} some [food]?" asked [N]{ <tone>|}. "If you <chore=chore>," <said> [N3].
@@ -168,13 +170,13 @@ script("want end", """
     / But [N2] had {lost|broken|sold} the [col] [obj] and {shrugged|sighed|blushed}.
 """)
 
-# %% ../nbs/40_plots.ipynb #4f37cfa0
+# %% ../nbs/40_plots.ipynb #24af41e0
 plot("want", "thing",
      vows="help my helpers; share with my friends; always ask politely; work before I play; be patient; pay my debts",
      morals="good things are earned; kindness comes back; asking opens doors; "
             "patience is gold; work pays; friends are riches")
 
-# %% ../nbs/40_plots.ipynb #cf0164c8
+# %% ../nbs/40_plots.ipynb #5b3058d0
 script("rescue", """
     @day, [N] heard {somebody|a soft voice|a thin voice|a faint voice|a cry} near @place.
     / @day, [N] was <doing!> near @place when somebody <cried>, "Help!"
@@ -191,7 +193,7 @@ script("rescue", """
     :side
 """)
 
-# %% ../nbs/40_plots.ipynb #4acb5dfe
+# %% ../nbs/40_plots.ipynb #6431ccda
 script("rescue end", """
     There @3 was <doing!>. "{Take|Use} my <size> <col=color> <obj=tool!>," [he3] <said>{ <tone>|}.
     / @3 was <doing!> there and {lent|gave} [him] @tool.
@@ -208,14 +210,14 @@ script("rescue end", """
     - [N2] {came|got|climbed} out, but the [col] [obj] <broke>, and [N3] was <sad>.
 """)
 
-# %% ../nbs/40_plots.ipynb #34c3cabf
+# %% ../nbs/40_plots.ipynb #f99782ea
 plot("rescue", "tool",
      vows="come when somebody calls; never leave a friend; "
           "listen for small voices; help the weak; watch my step; bring help",
      morals="two are stronger than one; asking for help is wise; friends do great things; "
             "tools make us strong; help comes back; watching out is wise")
 
-# %% ../nbs/40_plots.ipynb #23a4413c
+# %% ../nbs/40_plots.ipynb #69428577
 script("breaks", """
     @day, [N] visited @2 {at|near} @place.
     / @day, @2 {invited|called|took} [N] to @place.
@@ -231,7 +233,7 @@ script("breaks", """
     :side
 """)
 
-# %% ../nbs/40_plots.ipynb #4ccb0a02
+# %% ../nbs/40_plots.ipynb #7bd664cd
 script("breaks end", """
     <soon>, [N2] came back. "Where is {it|my [obj]}?" [he2] asked{ <tone>|}.
     / "Where is {it|my [obj]}?" asked [N2]{ <tone>|} <number> minutes later.
@@ -248,13 +250,13 @@ script("breaks end", """
     - But [N2] found the [col] [obj] [the spot] and <way> <went> away.
 """)
 
-# %% ../nbs/40_plots.ipynb #10cac7eb
+# %% ../nbs/40_plots.ipynb #f3c958db
 plot("breaks", "thing",
      vows="tell the truth; ask before I touch; be more careful; never hide a mistake; own up; make good my mistakes",
      morals="the truth is light; hidden mistakes grow; saying sorry takes courage; "
             "asking first is better; honesty is best; lies hurt friends")
 
-# %% ../nbs/40_plots.ipynb #a052925b
+# %% ../nbs/40_plots.ipynb #590955ce
 script("quarrel", """
     @day, [N] and @2 {found|discovered|saw} @thing <spot!> near @place.
     / @day, [N] met @2 at @place, and they found @thing <spot!>.
@@ -270,7 +272,7 @@ script("quarrel", """
     :side
 """)
 
-# %% ../nbs/40_plots.ipynb #a8ddedfd
+# %% ../nbs/40_plots.ipynb #37ffe0fc
 script("quarrel end", """
     @3, who was <doing!>, {saw it all|came closer}. "<^:saying!>," [he3] <said>{ <tone>|}.
     / "Why are you so <sad>?" asked @3, who was <doing!>. "The [obj] [fate]," <said> [N2]{ <tone>|}.
@@ -285,13 +287,13 @@ script("quarrel end", """
     / [N2] <way> told [him] that the [col] [obj] was <gone>.
 """)
 
-# %% ../nbs/40_plots.ipynb #b1f85a16
+# %% ../nbs/40_plots.ipynb #609a03dd
 plot("quarrel", "thing",
      vows="share everything; speak kindly; listen first; let others go first; never fight; keep the peace",
      morals="sharing is fun; friends are worth more than toys; anger breaks things; "
             "kindness wins; nobody wins a fight; peace is better")
 
-# %% ../nbs/40_plots.ipynb #8ce97892
+# %% ../nbs/40_plots.ipynb #489f09dd
 script("mystery", """
     @day, [N] {put|left} @thing <spot=spot!> near @place.
     / @day, [N] {bought|made|painted} @thing and kept it <spot=spot!>.
@@ -306,7 +308,7 @@ script("mystery", """
     / <sudden>, they {saw|found|noticed} <clue=clue> [the spot].
 """)
 
-# %% ../nbs/40_plots.ipynb #e0fd6d88
+# %% ../nbs/40_plots.ipynb #eb40ef67
 script("mystery end", """
     They <way> followed [the clue] to @far.
     / [N] followed [the clue] past the <place!> to @far.
@@ -320,7 +322,7 @@ script("mystery end", """
     / Then [N3] <way> <went> away with it.
 """)
 
-# %% ../nbs/40_plots.ipynb #2c03d17c
+# %% ../nbs/40_plots.ipynb #507747c2
 plot("mystery", "thing",
      vows="ask before I blame; look for the truth; be kind; listen to both sides; share my toys; keep my eyes open",
      morals="blame needs proof; everyone has a reason; kind questions help; "

@@ -35,7 +35,7 @@ from slm.sample import (
 from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer
 
 SHAPES = {
-    "llama": dict(n_kv_head=2), "mqa": dict(n_kv_head=1, qk_norm=True), "alibi": dict(position="alibi", tie_embeddings=False),
+    "llama": dict(n_kv_head=2), "mqa": dict(n_kv_head=1, qk_norm=True), "alibi": dict(position="alibi"), "tied": dict(tie_embeddings=True),
     "learned": dict(position="learned", norm="layernorm", ffn="gelu", bias=True), "window": dict(sliding_window=8),
     "none": dict(position="none", norm_position="post"), "softcap": dict(logit_softcap=20.0, dropout=0.3),
 }
@@ -45,12 +45,10 @@ TEXT = "Once upon a time a small fox met a duck by the pond. The duck said: let 
 def babbler(vocab_size: int = 96, **shape) -> TransformerLM:
     """A random model whose scores are turned up until it has preferences."""
     torch.manual_seed(0)
-    config = ModelConfig(**{**dict(vocab_size=vocab_size, context_length=64, n_layer=2, n_head=4, d_model=32), **shape})
-    model = TransformerLM(config).eval()
+    usual = dict(vocab_size=vocab_size, context_length=64, n_layer=2, n_head=4, d_model=32, tie_embeddings=False)
+    model = TransformerLM(ModelConfig(**{**usual, **shape})).eval()
     with torch.no_grad():
-        model.embed.weight.mul_(20)
-        if model.head is not None:
-            model.head.weight.mul_(5)
+        (model.embed if model.head is None else model.head).weight.mul_(20 if model.head is None else 3)
     return model
 
 
@@ -354,10 +352,18 @@ def test_int8_save_load_is_bit_exact(shape, group_size, tmp_path):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_batch_writes_what_its_naive_loop_writes(shape):
     model, prompts = quantize_model(babbler(**SHAPES[shape])), random_prompts(5, 96, 30)
-    for kernel in INT8_KERNELS:
+    for kernel in ("naive", "scaled"):
         use_int8_kernel(model, kernel)
         naive = [generate_naive(model, p, HOW["plain"], (0,), seed=i) for i, p in enumerate(prompts)]
         assert generate_ids(model, prompts, HOW["plain"], (0,)) == naive, kernel
+
+
+def test_int8_kernels_agree():
+    model, ids = quantize_model(babbler()), torch.arange(40)[None]
+    with torch.inference_mode():
+        found = {kernel: use_int8_kernel(model, kernel)(ids) for kernel in INT8_KERNELS}
+    assert torch.allclose(found["scaled"], found["naive"], atol=1e-4)
+    assert 0 < (found["dynamic"] - found["naive"]).norm() < 0.03 * found["naive"].norm()
 
 
 def test_int8_leaves_the_float_model_alone_and_is_small():
