@@ -6,16 +6,16 @@
 __all__ = ['OPENING', 'SUBPLOT', 'RECALL', 'ENDINGS', 'FORCED', 'WORLD_VERSION', 'Ending', 'close', 'tell', 'Story', 'finished',
            'story', 'stories', 'read', 'decode', 'possible', 'parsed_share']
 
-# %% ../nbs/40_storyworld.ipynb #c2b21c92
+# %% ../nbs/40_storyworld.ipynb #1c54cd02
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import slm.quests  # noqa: F401  registers the second half of the plots
-from .language import COMMANDS, SCRIPTS, StoryError, Teller, perform, random_words, readings, script, sentence
+from .language import SCRIPTS, StoryError, Teller, perform, random_words, readings, script, sentence
 from .plots import PLOTS
 
-# %% ../nbs/40_storyworld.ipynb #3c98feb5
+# %% ../nbs/40_storyworld.ipynb #a617243f
 OPENING = script("opening", """
     Once upon a time, there {was|lived} <a:trait=trait> <kind=kind!> {named|called} <N=name!>.
     / <N=name!> was <a:trait=trait> <kind=kind!> who lived <near> the <place!>.
@@ -27,11 +27,12 @@ OPENING = script("opening", """
     / [He] lived with [his] <kin!> and <number> <color> {cats|birds|fish|bees}.
     /
     /
+    /
     :subplot
     ---
 """)
 
-# %% ../nbs/40_storyworld.ipynb #d5edb94b
+# %% ../nbs/40_storyworld.ipynb #ce0a9a1f
 SUBPLOT = script("subplot", """
     [He] {kept|had|carried|hid} <a:texture=texture> <trinket=trinket> in [his] {pocket|bag|shoe|hat|basket}.
     / "Bring home some <errand=food!>," [his] <kin=kin!> had <said>{ <tone>|}.
@@ -42,17 +43,14 @@ SUBPLOT = script("subplot", """
     /
 """)
 RECALL = script("recall", """
-    ?trinket [N] <way> gave [N2] the [texture] [trinket].
-    / [N2] got the [texture] [trinket] as a {present|gift|souvenir}.
-    ?errand [N] <way> brought [his] [kin] the [errand].
-    / [His] [kin] got the [errand].
-    ?songlook Then [N] <way> sang about the [songlook] [songkind].
-    ?pen [N] <way> {told|wrote} [pen] about it.
-    ?wear [N] <way> took off [his] [wearcolor] [wear].
-    / [N] {waved|folded|dropped|straightened} [his] [wearcolor] [wear].
+    ?trinket [N] {<way> |}{gave|showed|lent|offered} [N2] the [texture] [trinket].
+    ?errand [N] {<way> |}{gave|brought|bought} [his] [kin] the [errand].
+    ?songlook [N] {<way> |}{sang|whistled|hummed} about the [songlook] [songkind].
+    ?pen [N] {<way> |}{told|wrote} [pen] {everything|the whole story|about it}.
+    ?wear [N] {<way> |}{waved|folded|dropped|straightened|brushed} [his] [wearcolor] [wear].
 """)
 
-# %% ../nbs/40_storyworld.ipynb #35f1e4e2
+# %% ../nbs/40_storyworld.ipynb #80328ef3
 @dataclass(frozen=True)
 class Ending:
     "A way to end: its closing sentences, in which VOW and MORAL stand for the plot's own."
@@ -86,7 +84,7 @@ ENDINGS = {name: Ending(name, SCRIPTS[name][0].texts) for name, _ in (
     """)),
 )}
 
-# %% ../nbs/40_storyworld.ipynb #2cfe37e8
+# %% ../nbs/40_storyworld.ipynb #518130b9
 def close(t: Teller) -> None:
     "What became of the small thing, then the ending that luck allows (weights 2, 1, 1)."
     perform(t, RECALL)
@@ -95,7 +93,7 @@ def close(t: Teller) -> None:
     t.mem["ending"], plot = ending.name, t.mem["plot"]
     sentence(t, *(text.replace("VOW", f"<vow {plot}>").replace("MORAL", f"<moral {plot}>") for text in ending.plans))
 
-# %% ../nbs/40_storyworld.ipynb #ef38c302
+# %% ../nbs/40_storyworld.ipynb #f8f643fc
 def tell(t: Teller) -> Teller:
     "Tell a whole story: the opening, then the plot that is chosen now, then the end."
     perform(t, OPENING)
@@ -105,7 +103,7 @@ def tell(t: Teller) -> Teller:
     close(t)
     return t
 
-# %% ../nbs/40_storyworld.ipynb #bce4c1f3
+# %% ../nbs/40_storyworld.ipynb #ace1ba44
 @dataclass(frozen=True)
 class Story:
     "A story: its text, exact information content in bits, what it tells (`facts`) and the choices that made it."
@@ -120,7 +118,7 @@ def finished(t: Teller) -> Story:
     facts = {slot: word for slot, word in t.mem.items() if isinstance(word, str) and slot != "gap"}
     return Story("".join(t.out), math.fsum(t.costs), facts, t.choices)
 
-# %% ../nbs/40_storyworld.ipynb #2514761b
+# %% ../nbs/40_storyworld.ipynb #3a2edf69
 FORCED = {"plot": PLOTS, "ending": ENDINGS}
 
 
@@ -137,7 +135,7 @@ def stories(seed: int | str, n: int | None = None, start: int = 0) -> Iterator[S
         yield story(seed, index)
         index += 1
 
-# %% ../nbs/40_storyworld.ipynb #0a50ecfd
+# %% ../nbs/40_storyworld.ipynb #2dd1018c
 def read(text: str) -> Story:
     "The story whose text this is; StoryError, with the place, when it is no story of this world."
     reached: list[int] = []
@@ -151,18 +149,18 @@ def decode(text: str) -> list[int]:
     "The choices that tell `text`; StoryError when it is no story of this world."
     return read(text).choices
 
-# %% ../nbs/40_storyworld.ipynb #b4999b5c
+# %% ../nbs/40_storyworld.ipynb #2a1e64c1
 def possible(text: str) -> bool:
     "Is `text` a story of this world, to the letter?"
     return next(readings(text, tell), None) is not None
 
 
 def parsed_share(text: str) -> float:
-    "The share of the text's characters up to which some story of this world agrees with it (1.0 for a true story)."
+    "The share of the text's characters up to which some story agrees with it, whole words told (1.0 for a true story)."
     reached = [0]
     for _ in readings(text, tell, reached):
         return 1.0
     return max(reached) / max(1, len(text))
 
-# %% ../nbs/40_storyworld.ipynb #141ed089
+# %% ../nbs/40_storyworld.ipynb #f39890bc
 WORLD_VERSION = 1
