@@ -23,6 +23,7 @@ from slm.storyworld import stories
 from slm.text import STORY, safe_parts
 from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer, CharTokenizer, TokenizerError, load_tokenizer, render_chat, show_tokens
 
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 OWN = r"\p{L}{1,4}|\p{N}|\s+"
 often = lambda n: settings(max_examples=n, deadline=None, database=None, derandomize=True)
 
@@ -118,9 +119,10 @@ def test_vocabulary_sizes_that_cannot_be(wrong):
 
 
 def test_more_than_the_text_can_give():
-    with pytest.raises(TokenizerError, match="can give only 275 tokens"):
-        BPETokenizer.train("sun sunny sunnier sun sum summer", 9999)
-    assert BPETokenizer.train("sun sunny sunnier sun sum summer", 9999, strict=False).vocab_size == 275
+    possible = BPETokenizer.train(STORY, 9999, strict=False).vocab_size
+    with pytest.raises(TokenizerError, match=f"can give only {possible} tokens"):
+        BPETokenizer.train(STORY, possible + 1)
+    assert BPETokenizer.train(STORY, possible).hash == BPETokenizer.train(STORY, 9999, strict=False).hash
     assert BPETokenizer.train([], 262).vocab_size == 262
 
 
@@ -204,13 +206,13 @@ def test_the_longest_of_overlapping_marks_wins(text):
 @pytest.mark.parametrize("names", [["a"], [""], ["<a>", "<a>"], [5], ["<\ud800>"]])
 def test_special_tokens_that_cannot_be(names):
     for kind in (BPETokenizer, CharTokenizer):
-        with pytest.raises(TokenizerError, match="special token"):
+        with pytest.raises(TokenizerError, match="special token .* is not usable"):
             kind.train(STORY, special_tokens=names)
 
 
 def test_a_special_token_may_not_look_like_a_learned_one():
     with pytest.raises(TokenizerError, match="same text or id"):
-        BPETokenizer.train("sun sun", 300, special_tokens=["Ġs", "xx"], strict=False)
+        BPETokenizer.train("sun sun", 300, special_tokens=["Ġsun", "xx"], strict=False)
 
 
 def pieces_of(text: str, cuts: list[int]) -> list[str]:
