@@ -304,7 +304,7 @@ class ModelConfig:
 # %% ../nbs/01_config.ipynb #b873530b
 PRESETS: dict[str, ModelConfig] = {
     "tiny": ModelConfig(vocab_size=2048, context_length=512, n_layer=3, d_model=128, n_head=2, n_kv_head=1, d_ff=384),
-    "story": ModelConfig(vocab_size=2048, context_length=512, n_layer=4, d_model=256, n_head=2, n_kv_head=2, d_ff=704),
+    "story": ModelConfig(vocab_size=2560, context_length=512, n_layer=4, d_model=256, n_head=2, n_kv_head=2, d_ff=704),
     "char": ModelConfig(vocab_size=128, context_length=256, n_layer=4, d_model=256, n_head=4, d_ff=1024,
                         norm="layernorm", position="learned", ffn="gelu"),
     "15m": ModelConfig(vocab_size=4096, context_length=512, n_layer=8, d_model=384, n_head=3, d_ff=1024),

@@ -17,8 +17,8 @@ from .layers import FFNS, NORMS, Block  # noqa: F401
 from .scores import document_mask  # noqa: F401
 
 # %% auto #0
-__all__ = ['ModelError', 'TokenEmbedding', 'init_weights', 'check_inputs', 'Backbone', 'TransformerLM', 'model_from_state',
-           'count_parameters', 'flops_per_token', 'activation_numbers', 'memory_bytes']
+__all__ = ['ModelError', 'TokenEmbedding', 'init_weights', 'check_inputs', 'Backbone', 'TransformerLM', 'copier_init',
+           'model_from_state', 'count_parameters', 'flops_per_token', 'activation_numbers', 'memory_bytes']
 
 # %% ../nbs/30_model.ipynb #d1305f2b
 class ModelError(SLMError, ValueError):
@@ -131,6 +131,20 @@ class TransformerLM(Backbone):
         "Numbers to be trained; `non_embedding` leaves out the tables for tokens, positions and the untied head."
         tables = ("embed.", "pos_embed.", "head.")
         return sum(p.numel() for n, p in self.named_parameters() if not (non_embedding and n.startswith(tables)))
+
+# %% ../nbs/30_model.ipynb #9db9b479
+@torch.no_grad()
+def copier_init(model: TransformerLM, gain: float = 0.3, table: float = 0.1) -> TransformerLM:
+    "Start with heads that look everywhere alike and pass on what they see: o_proj = gain · v_projᵀ; the table gets rows of size `table`. In place."
+    nn.init.normal_(model.embed.weight, std=table)
+    for layer in model.layers:
+        heads = layer.attn
+        nn.init.orthogonal_(heads.v_proj.weight)
+        values = heads.v_proj.weight.unflatten(0, (heads.n_kv_head, heads.d_head))            # (Hkv, K, D)
+        values = values.repeat_interleave(heads.n_head // heads.n_kv_head, 0).flatten(0, 1)   # (H·K, D): each query head undoes its own values
+        heads.o_proj.weight.copy_(gain * values.T)
+        heads.q_proj.weight.mul_(0.1)
+    return model
 
 # %% ../nbs/30_model.ipynb #b14f6633
 def model_from_state(config: dict | ModelConfig, tensors: dict[str, Tensor]) -> TransformerLM:

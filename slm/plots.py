@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SIDES', 'COMMANDS', 'GRIEF', 'MEETING', 'PLOTS', 'side', 'sights', 'Plot', 'plot']
 
-# %% ../nbs/40_plots.ipynb #c1a82499
+# %% ../nbs/40_plots.ipynb #89482dbf
 from dataclasses import dataclass
 
 from .language import COMMANDS, SCRIPTS, Step, Teller, compile_plans, perform, random_words, script, sentence, words
 from .lexicon import WORDS
 
-# %% ../nbs/40_plots.ipynb #8bfeefb4
+# %% ../nbs/40_plots.ipynb #a0e96c50
 SIDES = (
     "{On the way|Nearby|Not far away|Close by}, @other was <doing!>.",
     "[who] <saw> @other and @other who were <doing!>.",
@@ -29,7 +29,7 @@ SIDES = (
     "<A:look> <kind!> waved <a:color> <thing!> and <cried>, \"{Hello|Good luck|What <a:weather> day|Hurry up}!\"",
 )
 
-# %% ../nbs/40_plots.ipynb #b99a4e1c
+# %% ../nbs/40_plots.ipynb #f92e84dc
 def side(t: Teller, nothing: int = 5) -> bool:
     "The command `:side`: perhaps a remark; `nothing` is the weight of saying nothing, each open remark has weight 1."
     t.mem["who"] = t.mem["N"] if "N2" in t.mem else t.mem["He"]
@@ -42,7 +42,7 @@ def side(t: Teller, nothing: int = 5) -> bool:
         t.mem["gap"] = " "
     return bool(plan.parts)
 
-# %% ../nbs/40_plots.ipynb #124cd84f
+# %% ../nbs/40_plots.ipynb #1ee28158
 def sights(t: Teller) -> None:
     "The command `:sights`: perhaps a remark, and then perhaps another."
     if side(t):
@@ -51,7 +51,7 @@ def sights(t: Teller) -> None:
 
 COMMANDS |= {"side": side, "sights": sights}
 
-# %% ../nbs/40_plots.ipynb #b9c780b0
+# %% ../nbs/40_plots.ipynb #20bb137a
 GRIEF = """
     [N] was <sad> and sat <spot!>.
     / [N] {felt|looked|was} <very> <sad>.
@@ -73,7 +73,7 @@ MEETING = script("meet", """
     / "Why are you so <sad>?" asked @2, who was <doing!>.
 """)
 
-# %% ../nbs/40_plots.ipynb #0c40e45e
+# %% ../nbs/40_plots.ipynb #e52daf9e
 @dataclass(frozen=True)
 class Plot:
     "One causal shape: the list of its object, the event that makes it, the vows and morals it can end with, and its script."
@@ -96,7 +96,7 @@ def plot(name: str, things: str, vows: str, morals: str) -> Plot:
     PLOTS[name] = Plot(name, things, key, WORDS["vow " + name], WORDS["moral " + name], steps)
     return PLOTS[name]
 
-# %% ../nbs/40_plots.ipynb #bd2e4513
+# %% ../nbs/40_plots.ipynb #c95df9cd
 script("lose", """
     @day, [N] <took> @thing to @place.
     / @day, [N] <went> to @place with @thing{ from [his] <kin>|}.
@@ -113,7 +113,7 @@ script("lose", """
     :grief
 """)
 
-# %% ../nbs/40_plots.ipynb #e104e94b
+# %% ../nbs/40_plots.ipynb #d42d2025
 script("lose end", """
     :meet
     "Did you not {stop to |}[task]?" asked [N2]{ <tone>|}.
@@ -129,13 +129,13 @@ script("lose end", """
     / But @other had {taken|found|stolen} the [col] [obj].
 """)
 
-# %% ../nbs/40_plots.ipynb #a2d0a146
+# %% ../nbs/40_plots.ipynb #757cd65a
 plot("lose", "thing",
      vows="hold on to my things; look back; take care; leave nothing behind; think first; keep my things safe",
      morals="care keeps good things; looking back is wise; friends remember more; "
             "haste loses things; two heads are better; treasures need care")
 
-# %% ../nbs/40_plots.ipynb #76fe90a1
+# %% ../nbs/40_plots.ipynb #f7884137
 script("want", """
     @day, [N] <saw> @thing at @place.
     / @day at @place, [N] <saw> @thing {for sale|in a window|<spot!>}.
@@ -152,7 +152,7 @@ script("want", """
     / At @far, @3 was <doing!>, with {a basket|a bag|a cart|plenty} of [food].
 """)
 
-# %% ../nbs/40_plots.ipynb #17ac3c3f
+# %% ../nbs/40_plots.ipynb #e61de0ee
 script("want end", """
     "First <chore=chore>," <said> [N3]{ <tone>|}.
     / "{May I have|Could I have} some [food]?" asked [N]{ <tone>|}. "If you <chore=chore>," <said> [N3].
@@ -170,13 +170,13 @@ script("want end", """
     / But [N2] had {lost|broken|sold} the [col] [obj] and {shrugged|sighed|blushed}.
 """)
 
-# %% ../nbs/40_plots.ipynb #6c948968
+# %% ../nbs/40_plots.ipynb #401d5d89
 plot("want", "thing",
      vows="help my helpers; share with my friends; always ask politely; work before I play; be patient; pay my debts",
      morals="good things are earned; kindness comes back; asking opens doors; "
             "patience is gold; work pays; friends are riches")
 
-# %% ../nbs/40_plots.ipynb #1473c2f0
+# %% ../nbs/40_plots.ipynb #075088d8
 script("rescue", """
     @day, [N] heard {somebody|a soft voice|a thin voice|a faint voice|a cry} near @place.
     / @day, [N] was <doing!> near @place when somebody <cried>, "Help!"
@@ -193,7 +193,7 @@ script("rescue", """
     :side
 """)
 
-# %% ../nbs/40_plots.ipynb #472f4cf8
+# %% ../nbs/40_plots.ipynb #007b4760
 script("rescue end", """
     There @3 was <doing!>. "{Take|Use} my <size> <col=color> <obj=tool!>," [he3] <said>{ <tone>|}.
     / @3 was <doing!> there and {lent|gave} [him] @tool.
@@ -210,14 +210,14 @@ script("rescue end", """
     - [N2] {came|got|climbed} out, but the [col] [obj] <broke>, and [N3] was <sad>.
 """)
 
-# %% ../nbs/40_plots.ipynb #6766c27d
+# %% ../nbs/40_plots.ipynb #dfaaab9a
 plot("rescue", "tool",
      vows="come when somebody calls; never leave a friend; "
           "listen for small voices; help the weak; watch my step; bring help",
      morals="two are stronger than one; asking for help is wise; friends do great things; "
             "tools make us strong; help comes back; watching out is wise")
 
-# %% ../nbs/40_plots.ipynb #2affcb20
+# %% ../nbs/40_plots.ipynb #4c029da5
 script("breaks", """
     @day, [N] visited @2 {at|near} @place.
     / @day, @2 {invited|called|took} [N] to @place.
@@ -233,7 +233,7 @@ script("breaks", """
     :side
 """)
 
-# %% ../nbs/40_plots.ipynb #bf22dd42
+# %% ../nbs/40_plots.ipynb #0a238c60
 script("breaks end", """
     <soon>, [N2] came back. "Where is {it|my [obj]}?" [he2] asked{ <tone>|}.
     / "Where is {it|my [obj]}?" asked [N2]{ <tone>|} <number> minutes later.
@@ -250,13 +250,13 @@ script("breaks end", """
     - But [N2] found the [col] [obj] [the spot] and <way> <went> away.
 """)
 
-# %% ../nbs/40_plots.ipynb #5f60b865
+# %% ../nbs/40_plots.ipynb #fd95d3c9
 plot("breaks", "thing",
      vows="tell the truth; ask before I touch; be more careful; never hide a mistake; own up; make good my mistakes",
      morals="the truth is light; hidden mistakes grow; saying sorry takes courage; "
             "asking first is better; honesty is best; lies hurt friends")
 
-# %% ../nbs/40_plots.ipynb #a67400ad
+# %% ../nbs/40_plots.ipynb #e565a2d1
 script("quarrel", """
     @day, [N] and @2 {found|discovered|saw} @thing <spot!> near @place.
     / @day, [N] met @2 at @place, and they found @thing <spot!>.
@@ -272,7 +272,7 @@ script("quarrel", """
     :side
 """)
 
-# %% ../nbs/40_plots.ipynb #b2a2a04a
+# %% ../nbs/40_plots.ipynb #5fcad92b
 script("quarrel end", """
     @3, who was <doing!>, {saw it all|came closer}. "<^:saying!>," [he3] <said>{ <tone>|}.
     / "Why are you so <sad>?" asked @3, who was <doing!>. "The [obj] [fate]," <said> [N2]{ <tone>|}.
@@ -287,13 +287,13 @@ script("quarrel end", """
     / [N2] <way> told [him] that the [col] [obj] was <gone>.
 """)
 
-# %% ../nbs/40_plots.ipynb #2d756479
+# %% ../nbs/40_plots.ipynb #cbba22f5
 plot("quarrel", "thing",
      vows="share everything; speak kindly; listen first; let others go first; never fight; keep the peace",
      morals="sharing is fun; friends are worth more than toys; anger breaks things; "
             "kindness wins; nobody wins a fight; peace is better")
 
-# %% ../nbs/40_plots.ipynb #1b38f2d5
+# %% ../nbs/40_plots.ipynb #172b9400
 script("mystery", """
     @day, [N] {put|left} @thing <spot=spot!> near @place.
     / @day, [N] {bought|made|painted} @thing and kept it <spot=spot!>.
@@ -308,7 +308,7 @@ script("mystery", """
     / <sudden>, they {saw|found|noticed} <clue=clue> [the spot].
 """)
 
-# %% ../nbs/40_plots.ipynb #c2ad2462
+# %% ../nbs/40_plots.ipynb #305de123
 script("mystery end", """
     They <way> followed [the clue] to @far.
     / [N] followed [the clue] past the <place!> to @far.
@@ -322,7 +322,7 @@ script("mystery end", """
     / Then [N3] <way> <went> away with it.
 """)
 
-# %% ../nbs/40_plots.ipynb #3c590faa
+# %% ../nbs/40_plots.ipynb #f9ffd6af
 plot("mystery", "thing",
      vows="ask before I blame; look for the truth; be kind; listen to both sides; share my toys; keep my eyes open",
      morals="blame needs proof; everyone has a reason; kind questions help; "

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/40_quests.ipynb #29a2b96f
+# %% ../nbs/40_quests.ipynb #9cd1a317
 from .language import script
 from .lexicon import SITES, WORDS
 from .plots import PLOTS, plot
 
-# %% ../nbs/40_quests.ipynb #98068adb
+# %% ../nbs/40_quests.ipynb #d8189db5
 script("deliver", """
     @day, @2 gave [N] @thing. "Take it to @3 at @place before <deadline=deadline>," [he2] <said>{ <tone>|}.
     / @day, @3 needed @thing at @place before <deadline=deadline>. @2 had it, but {could not walk|was too busy <doing!>}.
@@ -26,7 +26,7 @@ script("deliver", """
     / "{Why not|Yes|Of course}," <said> [N] and stayed {<number> hours|until <finish>}.
 """)
 
-# %% ../nbs/40_quests.ipynb #f8f5a289
+# %% ../nbs/40_quests.ipynb #e58e6107
 script("deliver end", """
     :sights
     ---
@@ -40,13 +40,13 @@ script("deliver end", """
     - :grief
 """)
 
-# %% ../nbs/40_quests.ipynb #7767b722
+# %% ../nbs/40_quests.ipynb #7c10a6be
 plot("deliver", "thing",
      vows="be on time; keep my word; do errands first; never be late; think of my friends; hurry",
      morals="a promise is a treasure; errands come before fun; time does not wait; "
             "trust is precious; play can wait; a word is a word")
 
-# %% ../nbs/40_quests.ipynb #1926cff0
+# %% ../nbs/40_quests.ipynb #417aa952
 script("fears", """
     * [N] was <very> {afraid|scared} of <fear=fear>.
     / {All [his] life|Since birth|Ever since spring}, [N] had {feared|hated} <fear=fear>.
@@ -63,7 +63,7 @@ script("fears", """
     / [N2] gave [him] <a:size> <color> <thing!>.
 """)
 
-# %% ../nbs/40_quests.ipynb #6382de6b
+# %% ../nbs/40_quests.ipynb #f7efd0bb
 script("fears end", """
     :side
     ---
@@ -78,13 +78,13 @@ script("fears end", """
     - But [he] {soon |}<way> <went> out without the [col] [obj].
 """)
 
-# %% ../nbs/40_quests.ipynb #c9ff16a1
+# %% ../nbs/40_quests.ipynb #1db0a20e
 plot("fears", "thing",
      vows="be brave; talk about my fears; help the fearful; never laugh at fear; try again; trust my friends",
      morals="courage grows; fear is small; friends make us brave; "
             "everyone fears something; trying is brave; fear passes")
 
-# %% ../nbs/40_quests.ipynb #e7621238
+# %% ../nbs/40_quests.ipynb #fca997b9
 script("gift", """
     @day, [N] {heard of|remembered} the birthday of @2.
     / @day, @2 invited [N] to a party at the <place!>.
@@ -100,7 +100,7 @@ script("gift", """
     :grief
 """)
 
-# %% ../nbs/40_quests.ipynb #77ad472c
+# %% ../nbs/40_quests.ipynb #bb79a710
 script("gift end", """
     [N] {took|used} <mat3=material!> instead and <way> worked until <finish>.
     / "Then I will {use|take} <mat3=material!>," <said> [N]{ <tone>|}.
@@ -117,13 +117,13 @@ script("gift end", """
     / But [N2] <way> <went> past the [col] [obj] of [mat3] and [mat2].
 """)
 
-# %% ../nbs/40_quests.ipynb #8dad0b0b
+# %% ../nbs/40_quests.ipynb #4cfe8664
 plot("gift", "craft",
      vows="make all my gifts; start earlier; never give up; remember every birthday; try again; practice more",
      morals="gifts come from the heart; there is always another way; good work needs time; "
             "giving is fun; plans can change; nobody is perfect")
 
-# %% ../nbs/40_quests.ipynb #039aee5d
+# %% ../nbs/40_quests.ipynb #ee9f1e4e
 script("chase", """
     @day, {the wind|@other} {blew|carried|pulled} @runaway out of [N]'s {hands|bag|window|basket}.
     / @day near @place, {the wind|a storm|@other} took [N]'s <size> <col=color> <obj=runaway!>.
@@ -137,7 +137,7 @@ script("chase", """
     :grief
 """)
 
-# %% ../nbs/40_quests.ipynb #31c46e08
+# %% ../nbs/40_quests.ipynb #1cb5675c
 script("chase end", """
     @2 was <doing!> there. "{What did you see on the way|Which way did you come}?" [he2] asked{ <tone>|}.
     / "Go back the way you came," <said> @2, who was <doing!>.
@@ -152,13 +152,13 @@ script("chase end", """
     / At home, [N] saw that the [col] [obj] was <gone>.
 """)
 
-# %% ../nbs/40_quests.ipynb #bbc2f646
+# %% ../nbs/40_quests.ipynb #48cb59fc
 plot("chase", "runaway",
      vows="remember the way; stay near home; look around; ask for the way; walk slowly; tie it down",
      morals="memory brings you home; looking around is wise; "
             "not everything is worth chasing; home is best; friends know the way; haste gets lost")
 
-# %% ../nbs/40_quests.ipynb #dfdc1e4f
+# %% ../nbs/40_quests.ipynb #3b56dcab
 script("race", """
     @day, there was a race {from|around|to} @place, and the prize was @thing.
     / @day, everybody <went> to @place for the race. The winner would get @thing.
@@ -174,7 +174,7 @@ script("race", """
     /
 """)
 
-# %% ../nbs/40_quests.ipynb #ccf0cdd5
+# %% ../nbs/40_quests.ipynb #76bdbe9e
 script("race end", """
     :sights
     ---
@@ -185,13 +185,13 @@ script("race end", """
     / [N] came in {second|third|last}, and [N2] got the [col] [obj].
 """)
 
-# %% ../nbs/40_quests.ipynb #e710fd0d
+# %% ../nbs/40_quests.ipynb #b7868d1c
 plot("race", "thing",
      vows="never stop early; help others; never boast; practice every morning; run faster; be fair",
      morals="slow and steady is enough; boasting is silly; help comes back; "
             "trying counts; naps can be costly; fair play matters")
 
-# %% ../nbs/40_quests.ipynb #c63ce1a1
+# %% ../nbs/40_quests.ipynb #19bc8697
 script("fib", """
     @day, @2 asked [N] to {watch|guard} @thing at @place.
     / @day, [N] was {guarding|watching} @thing for @2 at @place.
@@ -205,7 +205,7 @@ script("fib", """
     :side
 """)
 
-# %% ../nbs/40_quests.ipynb #53cc66b8
+# %% ../nbs/40_quests.ipynb #45085683
 script("fib end", """
     <soon>, a real [beast] came from the {forest|hills|left|right|river}!
     [N] {shouted|called|cried} <number> times, but [N3] {laughed|frowned|waited|yawned}.
@@ -220,7 +220,7 @@ script("fib end", """
     / The [beast] <way> <took> the [col] [obj] away.
 """)
 
-# %% ../nbs/40_quests.ipynb #9a19f6d1
+# %% ../nbs/40_quests.ipynb #4b866468
 plot("fib", "thing",
      vows="never fib again; always tell the truth; call only in need; "
           "be serious; guard things well; respect my friends",

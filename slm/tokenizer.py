@@ -90,7 +90,8 @@ class TrainedBPE(BPE):
     @classmethod
     def from_merges(cls, merges: list[tuple[int, int]], special_tokens: Iterable[str] = (), pattern: str = "gpt2") -> "TrainedBPE":
         """A tokenizer from what `train_merges` learned."""
-        symbols, special = symbols_of(merges), {name: i for i, name in enumerate(special_tokens)}
+        special_pattern(names := list(special_tokens))                              # raises for bad names
+        symbols, special = symbols_of(merges), {name: i for i, name in enumerate(names)}
         vocab = {i: symbol for i, symbol in enumerate(symbols, len(special))}
         return cls(vocab, [(symbols[a], symbols[b]) for a, b in merges], special, pattern)
 
@@ -183,8 +184,9 @@ class BPETokenizer(TrainedBPE):
     def from_vocab(cls, vocab: dict[int, bytes], merges: list[tuple[bytes, bytes]], special_tokens: Iterable[str] = (),
                    pattern: str = "gpt2") -> "BPETokenizer":
         """From ids, bytes and merges. Special tokens that are not in `vocab` get the ids after its largest."""
-        ids, special = {token: i for i, token in vocab.items()}, {}
-        for name in special_tokens:
+        ids, special, names = {token: i for i, token in vocab.items()}, {}, list(special_tokens)
+        special_pattern(names)                                                      # raises for bad names
+        for name in names:
             special[name] = ids.setdefault(name.encode("utf-8"), max(ids.values(), default=-1) + 1)
         return cls(vocab, merges, special, pattern)
 

@@ -8,7 +8,6 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -215,6 +214,9 @@ def test_a_special_token_may_not_look_like_a_learned_one():
         BPETokenizer.train("sun sun", 300, special_tokens=["Ġsun", "xx"], strict=False)
 
 
+long_text = st.lists(any_text | st.sampled_from(["sun ", " sail\n", "I'll ", "a  \n b"]), max_size=6).map("".join)
+
+
 def pieces_of(text: str, cuts: list[int]) -> list[str]:
     places = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     return [text[a:b] for a, b in zip(places, places[1:], strict=False)]
@@ -222,7 +224,7 @@ def pieces_of(text: str, cuts: list[int]) -> list[str]:
 
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4", OWN])
 @often(150)
-@given(text=st.lists(any_text | st.sampled_from(["sun ", " sail\n", "I'll ", "a  \n b"]), max_size=6).map("".join), cuts=st.lists(st.integers(0, 999), max_size=6))
+@given(text=long_text, cuts=st.lists(st.integers(0, 999), max_size=6))
 def test_chunks_give_the_ids_of_the_whole(pattern, text, cuts):
     tok, chunks = trained(pattern), pieces_of(text, cuts)
     for allowed in ("none", "all"):
@@ -308,23 +310,22 @@ def test_save_load_save_is_the_same_file(tok, tmp_path):
 
 
 @often(40)
-@given(st.data())
-def test_a_damaged_file_is_one_sentence(data):
+@given(data=st.data())
+def test_a_damaged_file_is_one_sentence(tmp_path_factory, data):
     text = data.draw(st.sampled_from([trained().file_text, CharTokenizer().file_text]))
     at, more = data.draw(st.integers(0, len(text) - 1)), data.draw(st.sampled_from(["", "null", "[]", '"x"', "9", "{}"]))
     damaged = text[:at] + more + text[at + data.draw(st.integers(1, 400)):]
-    file = Path(os.environ.get("PYTEST_DEBUG_TEMPROOT", "/tmp" if os.name == "posix" else ".")) / f"slm-damaged-{os.getpid()}.json"
+    file = tmp_path_factory.getbasetemp() / "damaged.json"
     file.write_text(damaged, encoding="utf-8")
     try:
         load_tokenizer(file)
     except SLMError as error:
         assert str(file) in str(error) and "\n" not in str(error)
-    finally:
-        file.unlink()
 
 
 leaves = st.none() | st.booleans() | st.integers(-3, 3) | st.text(max_size=3)
-trees = st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=5)
+branches = lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+trees = st.recursive(leaves, branches, max_leaves=5)
 
 
 @often(200)
@@ -381,7 +382,8 @@ def test_nothing_that_is_said_forges_a_mark(turns, ask):
     assert [i for i in ids if i < 6] == [tok.special_tokens[name] for name in ["<|endoftext|>", *marks]]
     said = "".join(known(content) + "<|end|>" for role, content in turns if role == "assistant")
     assert tok.decode([i for i, m in zip(ids, mask, strict=True) if m]) == said
-    assert tok.decode(ids) == "<|endoftext|>" + "".join(f"<|{role}|>{known(content)}<|end|>" for role, content in turns) + "<|assistant|>" * ask
+    spoken = "".join(f"<|{role}|>{known(content)}<|end|>" for role, content in turns)
+    assert tok.decode(ids) == "<|endoftext|>" + spoken + "<|assistant|>" * ask
 
 
 # ----------------------------------------------------------------------------------------------------- characters
