@@ -8,7 +8,7 @@ __all__ = ['LOG2', 'WORDS', 'DERIVED', 'FORMS', 'MACROS', 'SCRIPTS', 'COMMANDS',
            'Alt', 'part_of', 'parse', 'compile_plans', 'sentence', 'Step', 'read_line', 'script', 'luck', 'perform',
            'Mismatch', 'Reader', 'readings']
 
-# %% ../nbs/40_language.ipynb #28d02474
+# %% ../nbs/40_language.ipynb #be3a4fa8
 import math
 import re
 from collections import Counter
@@ -20,12 +20,12 @@ from struct import unpack
 
 from .config import SLMError
 
-# %% ../nbs/40_language.ipynb #10b85241
+# %% ../nbs/40_language.ipynb #192b81bc
 def words(text: str, separator: str | None = None) -> tuple[str, ...]:
     "Split a compact list (at white space, or at `separator`) into words or phrases; `_` stands for a space."
     return tuple(part.strip().replace("_", " ") for part in text.split(separator) if part.strip())
 
-# %% ../nbs/40_language.ipynb #48bcd345
+# %% ../nbs/40_language.ipynb #51e38f22
 def article(phrase: str) -> str:
     "`red` → `a red`, `old` → `an old`."
     return ("an " if phrase[0] in "aeiou" or phrase.startswith("honest") else "a ") + phrase
@@ -36,7 +36,7 @@ def definite(phrase: str) -> str:
     "`under a bench` → `under the bench`: the second mention of a thing."
     return re.sub(r"\ban? ", "the ", phrase, count=1)
 
-# %% ../nbs/40_language.ipynb #d7449cd3
+# %% ../nbs/40_language.ipynb #a8a86933
 def random_words(*keys: int | str) -> Iterator[int]:
     "Endless 32-bit integers, a pure function of `keys` (SHAKE-256): the same on every machine and Python."
     block = 0
@@ -44,7 +44,7 @@ def random_words(*keys: int | str) -> Iterator[int]:
         yield from unpack("<256I", shake_256("/".join(map(str, (*keys, block))).encode()).digest(1024))
         block += 1
 
-# %% ../nbs/40_language.ipynb #dfa1c3e4
+# %% ../nbs/40_language.ipynb #23348911
 class StoryError(SLMError, ValueError):
     "A text or a request that does not belong to the story world, said in one sentence."
 
@@ -58,7 +58,7 @@ def weighted_index(number: int, weights: Sequence[int]) -> int:
             return i
     raise StoryError(f"weights must be positive integers, not {tuple(weights)}")
 
-# %% ../nbs/40_language.ipynb #55a8830f
+# %% ../nbs/40_language.ipynb #d79e5660
 LOG2 = (0.0, *(math.log2(n) for n in range(1, 1025)))
 
 
@@ -69,7 +69,7 @@ def wanted_index(options: Sequence, wanted: object) -> int:
             return i
     raise StoryError(f"this place of a story has no room for {wanted!r}: choose one of {', '.join(map(str, options[:6]))} …")
 
-# %% ../nbs/40_language.ipynb #b30e3508
+# %% ../nbs/40_language.ipynb #4736f1c6
 class Teller:
     "Tells one text. `numbers` is the chance, `force` names choices that are not free; `choices` and `costs` (bits) are kept."
 
@@ -103,7 +103,7 @@ class Teller:
         "Put `text` on the page."
         self.out.append(text)
 
-# %% ../nbs/40_language.ipynb #5e51fca3
+# %% ../nbs/40_language.ipynb #561e4e34
 WORDS: dict[str, tuple[str, ...]] = {}
 DERIVED: dict[str, Callable[[str], dict[str, str]]] = {}
 
@@ -114,7 +114,7 @@ def remember(t: Teller, slot: str, word: str) -> None:
     if slot in DERIVED:
         t.mem.update(DERIVED[slot](word))
 
-# %% ../nbs/40_language.ipynb #9a023d39
+# %% ../nbs/40_language.ipynb #9ec2598b
 class Literal:
     "Fixed words of a sentence plan."
 
@@ -129,7 +129,7 @@ class Literal:
         "The text this part will certainly say; None if it has to choose."
         return self.text
 
-# %% ../nbs/40_language.ipynb #6d86d818
+# %% ../nbs/40_language.ipynb #028cd50d
 class Slot:
     "`[name]`: something told before, said again. It costs no bits."
 
@@ -144,7 +144,7 @@ class Slot:
         "The remembered text."
         return t.mem[self.name]
 
-# %% ../nbs/40_language.ipynb #1c0dfc49
+# %% ../nbs/40_language.ipynb #5032427b
 FORMS = {"": str, "a": article, "A": lambda word: article(word).capitalize(), "^": str.capitalize}
 
 
@@ -179,7 +179,7 @@ class Pick:
         "Can the text at `at` begin with one of the options?"
         return any(t.text.startswith(o, at) for o in self.live(t))
 
-# %% ../nbs/40_language.ipynb #ae1b60bd
+# %% ../nbs/40_language.ipynb #b16b3273
 class Plan:
     "A compiled sentence plan: parts told one after the other."
 
@@ -202,7 +202,7 @@ class Plan:
             at += len(text)
         return True
 
-# %% ../nbs/40_language.ipynb #d092c964
+# %% ../nbs/40_language.ipynb #6e00acbd
 class Alt:
     "`{one|two|}`: a choice between wordings, each of which may hold further parts."
 
@@ -221,7 +221,7 @@ class Alt:
         "Can the text at `at` begin with one of the wordings?"
         return any(plan.fits(t, at) for plan in self.options)
 
-# %% ../nbs/40_language.ipynb #be025887
+# %% ../nbs/40_language.ipynb #611209dc
 def part_of(text: str, at: int) -> tuple[object, int]:
     "The slot, pick or alternative that begins at `at`, and the position of its last character."
     if text[at] == "{":
@@ -248,7 +248,7 @@ def parse(text: str, at: int = 0) -> tuple[tuple[Plan, ...], int]:
         at += 1
     return (*wordings, Plan(tuple(parts))), at
 
-# %% ../nbs/40_language.ipynb #aab35116
+# %% ../nbs/40_language.ipynb #7f0ee0bc
 MACROS: dict[str, str] = {}
 
 
@@ -272,7 +272,7 @@ def sentence(t: Teller, *texts: str) -> bool:
         t.mem["gap"] = " "
     return bool(plan.parts)
 
-# %% ../nbs/40_language.ipynb #73fd69dd
+# %% ../nbs/40_language.ipynb #96d7808a
 @dataclass(frozen=True)
 class Step:
     "One line of a script: its sentence plans or the name of a command, when it is told, and whether it makes the plot."
@@ -285,7 +285,7 @@ class Step:
         "Is the condition fulfilled: `+` after good luck, `-` after bad, `?slot` with a filled slot?"
         return self.when[1:] in t.mem if self.when[:1] == "?" else self.when == "" or t.mem["good"] == (self.when == "+")
 
-# %% ../nbs/40_language.ipynb #4ba53c27
+# %% ../nbs/40_language.ipynb #6c6a76f0
 SCRIPTS: dict[str, tuple[Step, ...]] = {}
 
 
@@ -309,7 +309,7 @@ def script(name: str, text: str) -> tuple[Step, ...]:
     SCRIPTS[name] = tuple(steps)
     return SCRIPTS[name]
 
-# %% ../nbs/40_language.ipynb #a8e1615c
+# %% ../nbs/40_language.ipynb #efa6da6b
 def luck(t: Teller) -> None:
     "The command `:luck`: does it turn out well (2 of 3)? Later lines may depend on it."
     t.mem["good"] = t.choose((True, False), (2, 1), "luck")
@@ -332,7 +332,7 @@ def perform(t: Teller, steps: tuple[Step, ...]) -> None:
         else:
             sentence(t, *step.texts)
 
-# %% ../nbs/40_language.ipynb #c3d37cd5
+# %% ../nbs/40_language.ipynb #1ed636a4
 class Mismatch(Exception):
     "The told words left the text that is being read: this sequence of choices is not the one."
 
@@ -367,7 +367,7 @@ class Reader(Teller):
         self.at += len(text)
         self.out.append(text)
 
-# %% ../nbs/40_language.ipynb #482f9ab7
+# %% ../nbs/40_language.ipynb #a860d614
 def readings(text: str, tell: Callable[[Teller], object], reached: list[int] | None = None, limit: int = 5000) -> Iterator[Reader]:
     "Every way in which `tell` can tell exactly `text` (at most `limit` attempts); `reached` notes how far each attempt agreed."
     todo: list[list[int]] = [[]]

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SIDES', 'COMMANDS', 'GRIEF', 'MEETING', 'PLOTS', 'side', 'sights', 'Plot', 'plot']
 
-# %% ../nbs/40_plots.ipynb #89482dbf
+# %% ../nbs/40_plots.ipynb #6283af6a
 from dataclasses import dataclass
 
 from .language import COMMANDS, SCRIPTS, Step, Teller, compile_plans, perform, random_words, script, sentence, words
 from .lexicon import WORDS
 
-# %% ../nbs/40_plots.ipynb #a0e96c50
+# %% ../nbs/40_plots.ipynb #58f0d814
 SIDES = (
     "{On the way|Nearby|Not far away|Close by}, @other was <doing!>.",
     "[who] <saw> @other and @other who were <doing!>.",
@@ -29,7 +29,7 @@ SIDES = (
     "<A:look> <kind!> waved <a:color> <thing!> and <cried>, \"{Hello|Good luck|What <a:weather> day|Hurry up}!\"",
 )
 
-# %% ../nbs/40_plots.ipynb #f92e84dc
+# %% ../nbs/40_plots.ipynb #78729ef7
 def side(t: Teller, nothing: int = 5) -> bool:
     "The command `:side`: perhaps a remark; `nothing` is the weight of saying nothing, each open remark has weight 1."
     t.mem["who"] = t.mem["N"] if "N2" in t.mem else t.mem["He"]
@@ -42,7 +42,7 @@ def side(t: Teller, nothing: int = 5) -> bool:
         t.mem["gap"] = " "
     return bool(plan.parts)
 
-# %% ../nbs/40_plots.ipynb #1ee28158
+# %% ../nbs/40_plots.ipynb #4a8b84d1
 def sights(t: Teller) -> None:
     "The command `:sights`: perhaps a remark, and then perhaps another."
     if side(t):
@@ -51,11 +51,11 @@ def sights(t: Teller) -> None:
 
 COMMANDS |= {"side": side, "sights": sights}
 
-# %% ../nbs/40_plots.ipynb #20bb137a
+# %% ../nbs/40_plots.ipynb #0c469307
 GRIEF = """
     [N] was <sad> and sat <spot!>.
     / [N] {felt|looked|was} <very> <sad>.
-    / [N] was <sad> and <sad>.
+    / [N] was <sad!> and <sad!>.
     / [N]'s heart was as heavy as <heavy>.
     / [N] {cried|sighed|sobbed|shivered} and felt <sad>.
     /
@@ -73,7 +73,7 @@ MEETING = script("meet", """
     / "Why are you so <sad>?" asked @2, who was <doing!>.
 """)
 
-# %% ../nbs/40_plots.ipynb #e52daf9e
+# %% ../nbs/40_plots.ipynb #e36040f0
 @dataclass(frozen=True)
 class Plot:
     "One causal shape: the list of its object, the event that makes it, the vows and morals it can end with, and its script."
@@ -96,7 +96,7 @@ def plot(name: str, things: str, vows: str, morals: str) -> Plot:
     PLOTS[name] = Plot(name, things, key, WORDS["vow " + name], WORDS["moral " + name], steps)
     return PLOTS[name]
 
-# %% ../nbs/40_plots.ipynb #c95df9cd
+# %% ../nbs/40_plots.ipynb #99ef3da9
 script("lose", """
     @day, [N] <took> @thing to @place.
     / @day, [N] <went> to @place with @thing{ from [his] <kin>|}.
@@ -113,7 +113,7 @@ script("lose", """
     :grief
 """)
 
-# %% ../nbs/40_plots.ipynb #d42d2025
+# %% ../nbs/40_plots.ipynb #ed551289
 script("lose end", """
     :meet
     "Did you not {stop to |}[task]?" asked [N2]{ <tone>|}.
@@ -129,13 +129,13 @@ script("lose end", """
     / But @other had {taken|found|stolen} the [col] [obj].
 """)
 
-# %% ../nbs/40_plots.ipynb #757cd65a
+# %% ../nbs/40_plots.ipynb #1ece332d
 plot("lose", "thing",
      vows="hold on to my things; look back; take care; leave nothing behind; think first; keep my things safe",
      morals="care keeps good things; looking back is wise; friends remember more; "
             "haste loses things; two heads are better; treasures need care")
 
-# %% ../nbs/40_plots.ipynb #f7884137
+# %% ../nbs/40_plots.ipynb #ab3ecc04
 script("want", """
     @day, [N] <saw> @thing at @place.
     / @day at @place, [N] <saw> @thing {for sale|in a window|<spot!>}.
@@ -152,7 +152,7 @@ script("want", """
     / At @far, @3 was <doing!>, with {a basket|a bag|a cart|plenty} of [food].
 """)
 
-# %% ../nbs/40_plots.ipynb #e61de0ee
+# %% ../nbs/40_plots.ipynb #9049abde
 script("want end", """
     "First <chore=chore>," <said> [N3]{ <tone>|}.
     / "{May I have|Could I have} some [food]?" asked [N]{ <tone>|}. "If you <chore=chore>," <said> [N3].
@@ -170,13 +170,13 @@ script("want end", """
     / But [N2] had {lost|broken|sold} the [col] [obj] and {shrugged|sighed|blushed}.
 """)
 
-# %% ../nbs/40_plots.ipynb #401d5d89
+# %% ../nbs/40_plots.ipynb #ce5ab85b
 plot("want", "thing",
      vows="help my helpers; share with my friends; always ask politely; work before I play; be patient; pay my debts",
      morals="good things are earned; kindness comes back; asking opens doors; "
             "patience is gold; work pays; friends are riches")
 
-# %% ../nbs/40_plots.ipynb #075088d8
+# %% ../nbs/40_plots.ipynb #d69ed053
 script("rescue", """
     @day, [N] heard {somebody|a soft voice|a thin voice|a faint voice|a cry} near @place.
     / @day, [N] was <doing!> near @place when somebody <cried>, "Help!"
@@ -193,7 +193,7 @@ script("rescue", """
     :side
 """)
 
-# %% ../nbs/40_plots.ipynb #007b4760
+# %% ../nbs/40_plots.ipynb #2dbf086f
 script("rescue end", """
     There @3 was <doing!>. "{Take|Use} my <size> <col=color> <obj=tool!>," [he3] <said>{ <tone>|}.
     / @3 was <doing!> there and {lent|gave} [him] @tool.
@@ -203,21 +203,21 @@ script("rescue end", """
     [N] <way> <went> back with it.
     / They {used|tried} the [obj] <way>.
     /
-    + <soon>, [N2] {came|was|climbed} out of [the trap]{, <glad> and <glad>|}.
+    + <soon>, [N2] {came|was|climbed} out of [the trap]{, <glad!> and <glad!>|}.
     + [N3] got the [col] [obj] back with some <food!>.
     / [N3] <way> lent [N2] the [col] [obj].
     / [N2] kept the [col] [obj] for <number> days.
     - [N2] {came|got|climbed} out, but the [col] [obj] <broke>, and [N3] was <sad>.
 """)
 
-# %% ../nbs/40_plots.ipynb #dfaaab9a
+# %% ../nbs/40_plots.ipynb #fc81b119
 plot("rescue", "tool",
      vows="come when somebody calls; never leave a friend; "
           "listen for small voices; help the weak; watch my step; bring help",
      morals="two are stronger than one; asking for help is wise; friends do great things; "
             "tools make us strong; help comes back; watching out is wise")
 
-# %% ../nbs/40_plots.ipynb #4c029da5
+# %% ../nbs/40_plots.ipynb #df44d428
 script("breaks", """
     @day, [N] visited @2 {at|near} @place.
     / @day, @2 {invited|called|took} [N] to @place.
@@ -233,7 +233,7 @@ script("breaks", """
     :side
 """)
 
-# %% ../nbs/40_plots.ipynb #0a238c60
+# %% ../nbs/40_plots.ipynb #0a2c4091
 script("breaks end", """
     <soon>, [N2] came back. "Where is {it|my [obj]}?" [he2] asked{ <tone>|}.
     / "Where is {it|my [obj]}?" asked [N2]{ <tone>|} <number> minutes later.
@@ -250,13 +250,13 @@ script("breaks end", """
     - But [N2] found the [col] [obj] [the spot] and <way> <went> away.
 """)
 
-# %% ../nbs/40_plots.ipynb #fd95d3c9
+# %% ../nbs/40_plots.ipynb #93ca5ba5
 plot("breaks", "thing",
      vows="tell the truth; ask before I touch; be more careful; never hide a mistake; own up; make good my mistakes",
      morals="the truth is light; hidden mistakes grow; saying sorry takes courage; "
             "asking first is better; honesty is best; lies hurt friends")
 
-# %% ../nbs/40_plots.ipynb #e565a2d1
+# %% ../nbs/40_plots.ipynb #87cd7b2b
 script("quarrel", """
     @day, [N] and @2 {found|discovered|saw} @thing <spot!> near @place.
     / @day, [N] met @2 at @place, and they found @thing <spot!>.
@@ -272,7 +272,7 @@ script("quarrel", """
     :side
 """)
 
-# %% ../nbs/40_plots.ipynb #5fcad92b
+# %% ../nbs/40_plots.ipynb #0fcd3353
 script("quarrel end", """
     @3, who was <doing!>, {saw it all|came closer}. "<^:saying!>," [he3] <said>{ <tone>|}.
     / "Why are you so <sad>?" asked @3, who was <doing!>. "The [obj] [fate]," <said> [N2]{ <tone>|}.
@@ -287,13 +287,13 @@ script("quarrel end", """
     / [N2] <way> told [him] that the [col] [obj] was <gone>.
 """)
 
-# %% ../nbs/40_plots.ipynb #cbba22f5
+# %% ../nbs/40_plots.ipynb #e6f7bff9
 plot("quarrel", "thing",
      vows="share everything; speak kindly; listen first; let others go first; never fight; keep the peace",
      morals="sharing is fun; friends are worth more than toys; anger breaks things; "
             "kindness wins; nobody wins a fight; peace is better")
 
-# %% ../nbs/40_plots.ipynb #172b9400
+# %% ../nbs/40_plots.ipynb #2083f4cd
 script("mystery", """
     @day, [N] {put|left} @thing <spot=spot!> near @place.
     / @day, [N] {bought|made|painted} @thing and kept it <spot=spot!>.
@@ -308,7 +308,7 @@ script("mystery", """
     / <sudden>, they {saw|found|noticed} <clue=clue> [the spot].
 """)
 
-# %% ../nbs/40_plots.ipynb #305de123
+# %% ../nbs/40_plots.ipynb #95556b2b
 script("mystery end", """
     They <way> followed [the clue] to @far.
     / [N] followed [the clue] past the <place!> to @far.
@@ -322,7 +322,7 @@ script("mystery end", """
     / Then [N3] <way> <went> away with it.
 """)
 
-# %% ../nbs/40_plots.ipynb #f9ffd6af
+# %% ../nbs/40_plots.ipynb #b147be3a
 plot("mystery", "thing",
      vows="ask before I blame; look for the truth; be kind; listen to both sides; share my toys; keep my eyes open",
      morals="blame needs proof; everyone has a reason; kind questions help; "

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/40_quests.ipynb #9cd1a317
+# %% ../nbs/40_quests.ipynb #e47b07dc
 from .language import script
 from .lexicon import SITES, WORDS
 from .plots import PLOTS, plot
 
-# %% ../nbs/40_quests.ipynb #d8189db5
+# %% ../nbs/40_quests.ipynb #b17b9902
 script("deliver", """
     @day, @2 gave [N] @thing. "Take it to @3 at @place before <deadline=deadline>," [he2] <said>{ <tone>|}.
     / @day, @3 needed @thing at @place before <deadline=deadline>. @2 had it, but {could not walk|was too busy <doing!>}.
@@ -26,7 +26,7 @@ script("deliver", """
     / "{Why not|Yes|Of course}," <said> [N] and stayed {<number> hours|until <finish>}.
 """)
 
-# %% ../nbs/40_quests.ipynb #e58e6107
+# %% ../nbs/40_quests.ipynb #7259fc33
 script("deliver end", """
     :sights
     ---
@@ -40,13 +40,13 @@ script("deliver end", """
     - :grief
 """)
 
-# %% ../nbs/40_quests.ipynb #7c10a6be
+# %% ../nbs/40_quests.ipynb #b8e9750c
 plot("deliver", "thing",
      vows="be on time; keep my word; do errands first; never be late; think of my friends; hurry",
      morals="a promise is a treasure; errands come before fun; time does not wait; "
             "trust is precious; play can wait; a word is a word")
 
-# %% ../nbs/40_quests.ipynb #417aa952
+# %% ../nbs/40_quests.ipynb #23f3c611
 script("fears", """
     * [N] was <very> {afraid|scared} of <fear=fear>.
     / {All [his] life|Since birth|Ever since spring}, [N] had {feared|hated} <fear=fear>.
@@ -63,7 +63,7 @@ script("fears", """
     / [N2] gave [him] <a:size> <color> <thing!>.
 """)
 
-# %% ../nbs/40_quests.ipynb #f7efd0bb
+# %% ../nbs/40_quests.ipynb #0bb56d3a
 script("fears end", """
     :side
     ---
@@ -78,13 +78,13 @@ script("fears end", """
     - But [he] {soon |}<way> <went> out without the [col] [obj].
 """)
 
-# %% ../nbs/40_quests.ipynb #1db0a20e
+# %% ../nbs/40_quests.ipynb #8aed5e27
 plot("fears", "thing",
      vows="be brave; talk about my fears; help the fearful; never laugh at fear; try again; trust my friends",
      morals="courage grows; fear is small; friends make us brave; "
             "everyone fears something; trying is brave; fear passes")
 
-# %% ../nbs/40_quests.ipynb #fca997b9
+# %% ../nbs/40_quests.ipynb #a3eeb957
 script("gift", """
     @day, [N] {heard of|remembered} the birthday of @2.
     / @day, @2 invited [N] to a party at the <place!>.
@@ -100,7 +100,7 @@ script("gift", """
     :grief
 """)
 
-# %% ../nbs/40_quests.ipynb #bb79a710
+# %% ../nbs/40_quests.ipynb #08c95527
 script("gift end", """
     [N] {took|used} <mat3=material!> instead and <way> worked until <finish>.
     / "Then I will {use|take} <mat3=material!>," <said> [N]{ <tone>|}.
@@ -117,13 +117,13 @@ script("gift end", """
     / But [N2] <way> <went> past the [col] [obj] of [mat3] and [mat2].
 """)
 
-# %% ../nbs/40_quests.ipynb #4cfe8664
+# %% ../nbs/40_quests.ipynb #aff6ae53
 plot("gift", "craft",
      vows="make all my gifts; start earlier; never give up; remember every birthday; try again; practice more",
      morals="gifts come from the heart; there is always another way; good work needs time; "
             "giving is fun; plans can change; nobody is perfect")
 
-# %% ../nbs/40_quests.ipynb #ee9f1e4e
+# %% ../nbs/40_quests.ipynb #6ab3b498
 script("chase", """
     @day, {the wind|@other} {blew|carried|pulled} @runaway out of [N]'s {hands|bag|window|basket}.
     / @day near @place, {the wind|a storm|@other} took [N]'s <size> <col=color> <obj=runaway!>.
@@ -137,7 +137,7 @@ script("chase", """
     :grief
 """)
 
-# %% ../nbs/40_quests.ipynb #1cb5675c
+# %% ../nbs/40_quests.ipynb #cb26c4ed
 script("chase end", """
     @2 was <doing!> there. "{What did you see on the way|Which way did you come}?" [he2] asked{ <tone>|}.
     / "Go back the way you came," <said> @2, who was <doing!>.
@@ -152,13 +152,13 @@ script("chase end", """
     / At home, [N] saw that the [col] [obj] was <gone>.
 """)
 
-# %% ../nbs/40_quests.ipynb #48cb59fc
+# %% ../nbs/40_quests.ipynb #02a16e23
 plot("chase", "runaway",
      vows="remember the way; stay near home; look around; ask for the way; walk slowly; tie it down",
      morals="memory brings you home; looking around is wise; "
             "not everything is worth chasing; home is best; friends know the way; haste gets lost")
 
-# %% ../nbs/40_quests.ipynb #3b56dcab
+# %% ../nbs/40_quests.ipynb #b772c697
 script("race", """
     @day, there was a race {from|around|to} @place, and the prize was @thing.
     / @day, everybody <went> to @place for the race. The winner would get @thing.
@@ -174,7 +174,7 @@ script("race", """
     /
 """)
 
-# %% ../nbs/40_quests.ipynb #76bdbe9e
+# %% ../nbs/40_quests.ipynb #eeb18759
 script("race end", """
     :sights
     ---
@@ -185,13 +185,13 @@ script("race end", """
     / [N] came in {second|third|last}, and [N2] got the [col] [obj].
 """)
 
-# %% ../nbs/40_quests.ipynb #b7868d1c
+# %% ../nbs/40_quests.ipynb #02a653f9
 plot("race", "thing",
      vows="never stop early; help others; never boast; practice every morning; run faster; be fair",
      morals="slow and steady is enough; boasting is silly; help comes back; "
             "trying counts; naps can be costly; fair play matters")
 
-# %% ../nbs/40_quests.ipynb #19bc8697
+# %% ../nbs/40_quests.ipynb #cc813121
 script("fib", """
     @day, @2 asked [N] to {watch|guard} @thing at @place.
     / @day, [N] was {guarding|watching} @thing for @2 at @place.
@@ -205,7 +205,7 @@ script("fib", """
     :side
 """)
 
-# %% ../nbs/40_quests.ipynb #45085683
+# %% ../nbs/40_quests.ipynb #02b44868
 script("fib end", """
     <soon>, a real [beast] came from the {forest|hills|left|right|river}!
     [N] {shouted|called|cried} <number> times, but [N3] {laughed|frowned|waited|yawned}.
@@ -220,7 +220,7 @@ script("fib end", """
     / The [beast] <way> <took> the [col] [obj] away.
 """)
 
-# %% ../nbs/40_quests.ipynb #4b866468
+# %% ../nbs/40_quests.ipynb #6c4d4cae
 plot("fib", "thing",
      vows="never fib again; always tell the truth; call only in need; "
           "be serious; guard things well; respect my friends",

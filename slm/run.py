@@ -24,7 +24,7 @@ from .text import SPECIAL_TOKENS
 from .tokenizer import BPETokenizer, load_tokenizer
 from .data import Pack, Source, open_source, read_corpus, write_corpus, write_pack
 from .judge import eval_prompts, instructions, judge, judge_score, preferences
-from .model import TransformerLM
+from .model import TransformerLM, copier_init
 from .optim import TrainConfig
 from .pretrain import bits_per_byte, lm_loss, read_log, train
 from .sft import build_sft, sft
@@ -59,16 +59,16 @@ class RunConfig:
     seed: int = 0                   # one seed reproduces everything on one machine
 
 # %% ../nbs/95_run.ipynb #a138ded0
-def _training(steps: int, batch_size: int, context_length: int, lr: float, **more) -> TrainConfig:
+def _training(steps: int, batch_size: int, context_length: int, lr: float = 1e-2, muon_lr: float = 0.02, **more) -> TrainConfig:
     "A `TrainConfig` with the values that all stages of `slm run` share"
-    return TrainConfig(steps=steps, batch_size=batch_size, context_length=context_length, lr=lr, warmup_steps=max(2, steps // 50), **more)
+    return TrainConfig(steps=steps, batch_size=batch_size, context_length=context_length, lr=lr, muon_lr=muon_lr, warmup_steps=max(1, steps // 50),
+                       decay_fraction=0.5, **more)
 
 RUN_PRESETS: dict[str, RunConfig] = {
-    "story": RunConfig(model=PRESETS["story"], pretrain=_training(760, 16, 256, 3e-3, muon_lr=0.02), sft=_training(120, 8, 512, 1e-3, muon_lr=0.005),
-                       dpo=_training(60, 16, 512, 3e-4, muon_lr=0.001)),
-    "tiny": RunConfig(model=PRESETS["tiny"], minutes=0.8, corpus_bytes=2_000_000, val_docs=64, sft_chats=500, dpo_prompts=24, dpo_samples=4, judge_prompts=24,
-                      pretrain=_training(150, 8, 256, 3e-3, muon_lr=0.02), sft=_training(40, 4, 512, 1e-3, muon_lr=0.005),
-                      dpo=_training(10, 8, 512, 3e-4, muon_lr=0.001)),
+    "story": RunConfig(model=PRESETS["story"], pretrain=_training(1150, 8, 256, eval_every=50, sample_every=230), sft=_training(300, 4, 512),
+                       dpo=_training(60, 16, 512, lr=1e-3, muon_lr=2e-3)),
+    "tiny": RunConfig(model=PRESETS["tiny"], minutes=0.8, corpus_bytes=2_000_000, val_docs=64, sft_chats=600, dpo_prompts=24, dpo_samples=2, judge_prompts=24,
+                      pretrain=_training(200, 8, 256, eval_every=20, sample_every=50), sft=_training(50, 4, 512), dpo=_training(10, 8, 512, lr=1e-3, muon_lr=2e-3)),
 }
 
 # %% ../nbs/95_run.ipynb #9fe9f202
@@ -236,7 +236,7 @@ def make_pretrain(run: Run) -> str:
     "pack → pretrain/step-XXXXXXXX"
     pack, c = Pack(run.path("pack")), run.config.pretrain
     seed_everything(run.config.seed)
-    model = TransformerLM(run.config.model)
+    model = copier_init(TransformerLM(run.config.model))
     batch_at = lambda step: pack.batch("train", c.seed, step, c.batch_size, c.context_length)
     done = train(model, batch_at, lm_loss, c, run.path("pretrain"), parents={"pack": run.record("pack")["output"]}, title="pretrain", quiet=run.quiet,
                  files={"tokenizer.json": run.path("tokenizer") / "tokenizer.json"}, **train_hooks(run))
@@ -417,7 +417,7 @@ def report_text(r: dict) -> str:
     known = f"the floor is {b['floor']:.3f}, so {b['val'] - b['floor']:.3f} above it" if b["floor"] is not None else "the floor of this text is not known"
     asked = "\n\n".join(f"**{a['prompt']}**\n\n" + "\n\n".join(f"*{n}*\n\n{quote(a[n])}" for n in MODELS) for a in r["samples"]["asked"])
     return REPORT.format(name=r["name"], corpus=r["corpus"], parameters=r["parameters"], speed=r["tokens_per_second"], known=known, rows=rows, asked=asked, **b,
-                         scores="\n".join(f"| {n} | {score_text(s)} |" for n, s in r["judge"].items()), fp32=r["size_bytes"]["fp32"] / 1e6,
+                         scores="\n".join(f"| {n} | {score_text(s)} | {100 * s['perfect']['mean']:.0f} % |" for n, s in r["judge"].items()), fp32=r["size_bytes"]["fp32"] / 1e6,
                          small=r["size_bytes"]["int8"] / 1e6, diagnosis="\n".join(f"- {d}" for d in r["diagnosis"]["dpo"]),
                          story="\n\n".join(f"*{n}*\n\n{quote(t)}" for n, t in r["samples"]["story"].items()), total=sum(r["seconds"].values()) / 60)
 
@@ -435,10 +435,10 @@ In INT8 the same model needs {int8:.3f}. After fine-tuning: {after_sft:.3f}; aft
 
 ## How well does it do as it is told?
 
-The share of held-out prompts whose answer meets every criterion of the judge, with a 95 % interval.
+Answers to held-out prompts: the mean share of the judge's criteria that they meet, with a 95 % interval, and the share of answers in which nothing at all is wrong.
 
-| model | nothing wrong |
-| --- | --- |
+| model | criteria met | nothing wrong |
+| --- | --- | --- |
 {scores}
 
 ![judge](report/judge.png)

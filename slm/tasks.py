@@ -9,7 +9,7 @@ __all__ = ['EVENTS', 'ENDS', 'WRITE', 'QUESTIONS', 'CONTINUE', 'REWRITE', 'QUEST
            'continue_task', 'rewrite_task', 'then_question_task', 'then_write_task', 'last_story', 'understand',
            'instruction', 'instructions', 'eval_prompts']
 
-# %% ../nbs/42_tasks.ipynb #a914709b
+# %% ../nbs/42_tasks.ipynb #76adcc3e
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -19,7 +19,7 @@ from .lexicon import WORDS
 from .plots import PLOTS
 from .storyworld import Story, finished, story, tell
 
-# %% ../nbs/42_tasks.ipynb #8c2928a7
+# %% ../nbs/42_tasks.ipynb #25d9e07b
 class Dice:
     "Small draws for the tasks: a pure function of the keys."
 
@@ -30,7 +30,7 @@ class Dice:
         "One option, all equally likely."
         return options[next(self.numbers) * len(options) >> 32]
 
-# %% ../nbs/42_tasks.ipynb #7c068e39
+# %% ../nbs/42_tasks.ipynb #26652118
 def user(text: str) -> dict[str, str]:
     "A user turn."
     return {"role": "user", "content": text}
@@ -40,7 +40,7 @@ def assistant(text: str) -> dict[str, str]:
     "An assistant turn."
     return {"role": "assistant", "content": text}
 
-# %% ../nbs/42_tasks.ipynb #92748c43
+# %% ../nbs/42_tasks.ipynb #fe066e2a
 EVENTS = {
     "lose": "loses OBJ", "want": "wants OBJ", "rescue": "rescues somebody with OBJ", "breaks": "breaks OBJ",
     "deliver": "has to deliver OBJ", "quarrel": "quarrels over OBJ", "fears": "overcomes a fear to fetch OBJ",
@@ -59,13 +59,13 @@ WRITE = (
     "Tell me something about HERO. The story needs OBJ and ends END.",
 )
 
-# %% ../nbs/42_tasks.ipynb #988938c1
+# %% ../nbs/42_tasks.ipynb #bcf24d57
 def ask_for(facts: dict[str, str], phrasing: str) -> str:
     "The request, in this phrasing, that the story with these facts answers."
     return (phrasing.replace("EVENT", EVENTS[facts["plot"]]).replace("HERO", f"{facts['N']} the {facts['kind']}")
             .replace("OBJ", article(facts["obj"])).replace("END", ENDS[facts["ending"]]))
 
-# %% ../nbs/42_tasks.ipynb #cb90fc15
+# %% ../nbs/42_tasks.ipynb #fa0a1fb3
 @lru_cache(maxsize=None)
 def shape(phrasing: str) -> re.Pattern:
     "The expression that recognises a phrasing and takes it apart (groups N, kind, obj, event, end, ASK, TEXT)."
@@ -87,7 +87,7 @@ def parse_request(prompt: str) -> dict[str, str] | None:
             need |= {"plot": name, "obj": found[1]}
     return need | {name_: name for name_ in ("ending",) for name, text in ENDS.items() if text == end}
 
-# %% ../nbs/42_tasks.ipynb #92e3c7ed
+# %% ../nbs/42_tasks.ipynb #14165e40
 QUESTIONS = {
     "": (("What kind of animal is [N]?", "[N] is a:[kind].", "kind"),
          ("What color was the [obj]?", "The [obj] was [col].", "col"),
@@ -104,7 +104,7 @@ QUESTIONS = {
                 ("When did [N3] need the [obj]?", "[N3] needed the [obj] before [deadline].", "deadline")),
 }
 
-# %% ../nbs/42_tasks.ipynb #931aaa94
+# %% ../nbs/42_tasks.ipynb #2c5c0f7b
 QUESTIONS |= {
     "quarrel": (("What happened to the [obj]?", "The [obj] [fate].", "fate"),
                 ("Who quarreled with [N]?", "[N2] quarreled with [N].", "N2")),
@@ -124,12 +124,12 @@ def fill(text: str, facts: dict[str, str]) -> str:
     text = re.sub(r"a:\[([\w ]+)\]", lambda m: article(facts[m[1]]), text)
     return re.sub(r"\[([\w ]+)\]", lambda m: facts[m[1]], text)
 
-# %% ../nbs/42_tasks.ipynb #36dc96c6
+# %% ../nbs/42_tasks.ipynb #4e3457fe
 def questions(facts: dict[str, str]) -> list[tuple[str, str, str]]:
     "Every question about a story with these facts: (question, answer sentence, the slot that is asked for)."
     return [(fill(q, facts), fill(a, facts), slot) for q, a, slot in (*QUESTIONS[""], *QUESTIONS[facts["plot"]])]
 
-# %% ../nbs/42_tasks.ipynb #15825502
+# %% ../nbs/42_tasks.ipynb #a31afbe0
 class Replayer(Teller):
     "Tells known choices again and notes which options they were."
 
@@ -157,7 +157,7 @@ class Copyist(Teller):
             return super().pick(options, weights, name)
         return options.index(self.picked[len(self.choices)])
 
-# %% ../nbs/42_tasks.ipynb #b1391b93
+# %% ../nbs/42_tasks.ipynb #1201b1d0
 def retell(old: Story, name: str, kind: str) -> Story:
     "The same story with another hero; StoryError when the name or the kind is already in it."
     if re.search(rf"\b({name}|{kind})\b", old.text):
@@ -166,7 +166,7 @@ def retell(old: Story, name: str, kind: str) -> Story:
     tell(replayed)
     return finished(tell(Copyist(replayed.picked, {"N": name, "kind": kind})))
 
-# %% ../nbs/42_tasks.ipynb #07b8c2d1
+# %% ../nbs/42_tasks.ipynb #143cc031
 CONTINUE = ("Continue this story:\n\nTEXT", "How does this story go on?\n\nTEXT", "Finish the story that begins like this:\n\nTEXT")
 REWRITE = ("Rewrite this story with HERO as the hero:\n\nTEXT", "Tell this story again, but about HERO:\n\nTEXT")
 QUESTION = ("Read this story and answer: ASK\n\nTEXT", "ASK Here is the story:\n\nTEXT", "TEXT\n\nASK")
@@ -174,7 +174,7 @@ NAME = ("Who is the hero of this story?\n\nTEXT", "Name the hero of this story.\
 FOLLOW = ("A question about your story: ASK", "ASK")
 NAME_AGAIN = ("Who is the hero of your story?", "Name the hero of your story.")
 
-# %% ../nbs/42_tasks.ipynb #cbe35afe
+# %% ../nbs/42_tasks.ipynb #acae0357
 def write_task(told: Story, dice: Dice) -> list[dict[str, str]]:
     "A request, and the story that fulfils it."
     return [user(ask_for(told.facts, dice.choose(WRITE))), assistant(told.text)]
@@ -185,7 +185,7 @@ def question_task(told: Story, dice: Dice) -> list[dict[str, str]]:
     question, answer, _ = dice.choose(questions(told.facts))
     return [user(dice.choose(QUESTION).replace("ASK", question).replace("TEXT", told.text)), assistant(answer)]
 
-# %% ../nbs/42_tasks.ipynb #c5171570
+# %% ../nbs/42_tasks.ipynb #a0d4d9bb
 def hero_answer(facts: dict[str, str]) -> str:
     "The answer to the question for the hero."
     return f"The hero is {facts['N']} the {facts['kind']}."
@@ -195,14 +195,14 @@ def name_task(told: Story, dice: Dice) -> list[dict[str, str]]:
     "A story whose hero is asked for."
     return [user(dice.choose(NAME).replace("TEXT", told.text)), assistant(hero_answer(told.facts))]
 
-# %% ../nbs/42_tasks.ipynb #5b1ec5ce
+# %% ../nbs/42_tasks.ipynb #ca1682b6
 def continue_task(told: Story, dice: Dice) -> list[dict[str, str]]:
     "The beginning of a story (at least three sentences, without the last two), and its rest."
     ends = [match.end() for match in re.finditer(r'[.!?]"?(?=\s+["A-Z])', told.text)]
     cut = dice.choose(ends[2:-2])
     return [user(dice.choose(CONTINUE).replace("TEXT", told.text[:cut])), assistant(told.text[cut:].strip())]
 
-# %% ../nbs/42_tasks.ipynb #d2d1e9a4
+# %% ../nbs/42_tasks.ipynb #4565657c
 def rewrite_task(told: Story, dice: Dice) -> list[dict[str, str]]:
     "A story, and the same one with another hero."
     while True:
@@ -211,7 +211,7 @@ def rewrite_task(told: Story, dice: Dice) -> list[dict[str, str]]:
             asked = dice.choose(REWRITE).replace("HERO", f"{name} the {kind}").replace("TEXT", told.text)
             return [user(asked), assistant(retell(told, name, kind).text)]
 
-# %% ../nbs/42_tasks.ipynb #5abb1e64
+# %% ../nbs/42_tasks.ipynb #4f177624
 def then_question_task(told: Story, dice: Dice) -> list[dict[str, str]]:
     "A request and its story, then one or two questions about it, and perhaps the question for the hero."
     turns = write_task(told, dice)
@@ -224,7 +224,7 @@ def then_write_task(told: Story, dice: Dice) -> list[dict[str, str]]:
     "A story and a question about it, then the request for another story."
     return question_task(told, dice) + write_task(story("second", dice.choose(range(1 << 31))), dice)
 
-# %% ../nbs/42_tasks.ipynb #50708688
+# %% ../nbs/42_tasks.ipynb #092ed713
 SHAPES = tuple((task, phrasing)
                for task, phrasings in {"continue": CONTINUE, "rewrite": REWRITE, "name": NAME, "question": QUESTION}.items()
                for phrasing in phrasings)
@@ -249,7 +249,7 @@ def understand(prompt: str | Sequence[dict[str, str]]) -> dict[str, str] | None:
     match = told and next(filter(None, (shape(phrasing).fullmatch(asked) for phrasing in FOLLOW)), None)
     return {"task": "question", "TEXT": told, "ASK": match["ASK"]} if match else None
 
-# %% ../nbs/42_tasks.ipynb #55148a6c
+# %% ../nbs/42_tasks.ipynb #fda39390
 MAKERS = {"write": write_task, "question": question_task, "name": name_task, "continue": continue_task, "rewrite": rewrite_task,
           "then_question": then_question_task, "then_write": then_write_task}
 MIXTURE = {"write": 12, "question": 4, "continue": 3, "rewrite": 2, "name": 2, "then_question": 3, "then_write": 1}
@@ -267,7 +267,7 @@ def instruction(seed: int | str, index: int, mixture: dict[str, int] | None = No
     need = understand(messages[:-1])
     return {"messages": messages, "task": need.pop("task"), "need": {k: v for k, v in need.items() if k != "TEXT"}}
 
-# %% ../nbs/42_tasks.ipynb #7e1313b1
+# %% ../nbs/42_tasks.ipynb #12e6e828
 def instructions(seed: int, n: int, start: int = 0) -> Iterator[dict]:
     "Instructions `start` … `start + n - 1` for fine-tuning."
     for index in range(start, start + n):

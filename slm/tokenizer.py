@@ -17,7 +17,7 @@ from typing import Iterable, Iterator
 from .files import atomic_file, read_json
 from .ground import did_you_mean
 from .merges import PATTERNS, WordCache, compile_pattern, from_chars, merge_long_word, merge_word, symbols_of, to_chars, train_merges
-from .text import (SPECIAL_TOKENS, CharTokenizer, Tokenizer, TokenizerError, TokenView, file_layout, progress, read_chunks, read_texts,
+from .text import (SPECIAL_TOKENS, CharTokenizer, Tokenizer, TokenizerError, file_layout, progress, read_chunks, read_texts,
                       readable, show_tokens, special_pattern)
 
 # %% ../nbs/12_tokenizer.ipynb #5fc03bed
