@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['NAMES', 'RIVALS', 'FAULTS', 'sentences', 'names_in', 'no_repeat', 'strangers', 'keeps_hero', 'colors_of', 'mentions',
            'pattern_of', 'patterns', 'tells_event', 'closings', 'ending_of', 'judge_write', 'judge_continue',
-           'judge_rewrite', 'same_words', 'right_answer', 'judge_answer', 'judge', 'wilson', 'share', 'judge_score',
-           'fault_hero', 'fault_object', 'fault_details', 'fault_repeat', 'fault_cut', 'Turncoat', 'fault_ending',
-           'fault_plot', 'wrong_answer', 'wrong_story', 'preference', 'preferences']
+           'judge_rewrite', 'same_words', 'right_answer', 'judge_answer', 'judge', 'wilson', 'share', 'met',
+           'judge_score', 'fault_hero', 'fault_object', 'fault_details', 'fault_repeat', 'fault_cut', 'Turncoat',
+           'fault_ending', 'fault_plot', 'wrong_answer', 'wrong_story', 'preference', 'preferences']
 
-# %% ../nbs/43_judge.ipynb #caa96f60
+# %% ../nbs/43_judge.ipynb #f62be714
 import math
 import re
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
-from .language import Alt, Literal, Pick, Slot, StoryError, Teller, article, compile_plans, definite, readings
+from .language import Alt, Literal, Pick, Slot, StoryError, Teller, compile_plans, definite, readings
 from .lexicon import WORDS
 from .plots import PLOTS
 from .storyworld import ENDINGS, Story, finished, possible, read, story, tell
@@ -23,7 +23,7 @@ from slm.tasks import (
     LIMIT, QUESTION, WRITE, Dice, ask_for, eval_prompts, instruction, instructions, questions, retell, understand, user,
 )
 
-# %% ../nbs/43_judge.ipynb #d7e6b5c6
+# %% ../nbs/43_judge.ipynb #8b1a15bf
 def sentences(text: str) -> list[str]:
     "The sentences of a text, speech kept with its speaker."
     return re.split(r'(?:(?<=[.!?])|(?<=[.!?]"))\s+(?=["A-Z])', text.strip())
@@ -36,13 +36,13 @@ def names_in(text: str) -> list[str]:
     "The names of the world in a text, in order, with repetition."
     return [word for word in re.findall(r"[A-Z]\w+", text) if word in NAMES]
 
-# %% ../nbs/43_judge.ipynb #fbe0429b
+# %% ../nbs/43_judge.ipynb #f06c01ab
 def no_repeat(text: str) -> bool:
     "No sentence stands twice."
     told = sentences(text)
     return len(set(told)) == len(told)
 
-# %% ../nbs/43_judge.ipynb #c338a544
+# %% ../nbs/43_judge.ipynb #03974b8a
 def strangers(text: str, hero: str) -> set[str]:
     "Names that are used without an introduction."
     introduced = set(re.findall(r"\b([A-Z]\w+)(?: the|, an?) \w+ \w+", text))
@@ -55,7 +55,7 @@ def keeps_hero(text: str, name: str, kind: str) -> bool:
     at_start = names_in(text)[:1] == [name] and re.search(rf"\b{kind}\b", told[0])
     return bool(at_start) and name in " ".join(told[-2:]) and not strangers(text, name)
 
-# %% ../nbs/43_judge.ipynb #d205c1d6
+# %% ../nbs/43_judge.ipynb #b1d0cdab
 def colors_of(text: str, obj: str) -> set[str]:
     "Every color that stands before the object."
     return set(re.findall(rf"\b({'|'.join(WORDS['color'])}) {obj}\b", text))
@@ -65,7 +65,7 @@ def mentions(text: str, obj: str) -> int:
     "How often the object is named."
     return len(re.findall(rf"\b{obj}\b", text))
 
-# %% ../nbs/43_judge.ipynb #e9554feb
+# %% ../nbs/43_judge.ipynb #d6654274
 def pattern_of(parts: Sequence) -> str:
     "A regular expression for everything that a sentence plan can tell."
     out = []
@@ -86,7 +86,7 @@ def patterns(texts: tuple[str, ...]) -> tuple[re.Pattern, ...]:
     "The compiled expressions of several sentence plans."
     return tuple(re.compile(pattern_of(plan.parts)) for plan in compile_plans(texts)[0])
 
-# %% ../nbs/43_judge.ipynb #d120ebe8
+# %% ../nbs/43_judge.ipynb #2d6651e2
 def tells_event(text: str, plot: str) -> bool:
     "Is the event that makes this plot told? (To whom it happens, and with what, other criteria say.)"
     return any(pattern.search(text) for pattern in patterns(PLOTS[plot].key))
@@ -106,7 +106,7 @@ def ending_of(text: str) -> str | None:
     last = text.strip()[-240:]
     return next((name for name in ENDINGS if any(pattern.search(last) for pattern in closings(name))), None)
 
-# %% ../nbs/43_judge.ipynb #ed0d91a0
+# %% ../nbs/43_judge.ipynb #bc6c5dd2
 def judge_write(need: dict[str, str], answer: str) -> dict[str, bool]:
     "Criteria for a story that was asked for (`plot` and `ending` only if they were named)."
     text, ending = answer.strip(), ending_of(answer)
@@ -121,7 +121,7 @@ def judge_write(need: dict[str, str], answer: str) -> dict[str, bool]:
     found |= {"plot": tells_event(text, need["plot"])} if "plot" in need else {}
     return found | ({"ending": ending == need["ending"]} if "ending" in need else {})
 
-# %% ../nbs/43_judge.ipynb #d70f6e64
+# %% ../nbs/43_judge.ipynb #1a6783b1
 def judge_continue(beginning: str, answer: str) -> dict[str, bool]:
     "Criteria for the rest of a story whose beginning was given."
     rest, name = answer.strip(), (names_in(beginning) or [""])[0]
@@ -138,7 +138,7 @@ def judge_rewrite(name: str, kind: str, text: str, answer: str) -> dict[str, boo
             "cast": set(names_in(told)) == others | {name}, "complete": ending_of(told) == old.facts["ending"],
             "same_events": told == retell(old, name, kind).text}
 
-# %% ../nbs/43_judge.ipynb #9c68ba3a
+# %% ../nbs/43_judge.ipynb #0f2e1856
 RIVALS = {"N2": "name", "N3": "name", "col": "color", "l1": "landmark", "l3": "landmark", "mat": "material", "the spot": "spot",
           "the trap": "trap", "the clue": "clue"}
 
@@ -155,7 +155,7 @@ def right_answer(answer: str, question: str, word: str, slot: str) -> bool:
     asked = f" {same_words(question)} {key} "
     return f" {key} " in said and len(answer) < 160 and not any(f" {r} " in said and f" {r} " not in asked for r in rivals)
 
-# %% ../nbs/43_judge.ipynb #f6f2dd42
+# %% ../nbs/43_judge.ipynb #ffa48c7e
 def judge_answer(asked: dict[str, str], answer: str) -> bool:
     "Is a question about a story, or the question for its hero, answered rightly? False when the text is no story of this world."
     found = next(readings(asked["TEXT"], tell), None)
@@ -179,7 +179,7 @@ def judge(prompt: str | Sequence[dict[str, str]], answer: str) -> dict[str, bool
         return judge_rewrite(asked["N"], asked["kind"], asked["TEXT"], answer)
     return {"answer": judge_answer(asked, answer)}
 
-# %% ../nbs/43_judge.ipynb #f02efc74
+# %% ../nbs/43_judge.ipynb #980d61bf
 def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     "The 95 % interval of a proportion (Wilson 1927); (0, 1) when nothing was counted."
     if n == 0:
@@ -194,15 +194,23 @@ def share(values: Sequence[bool]) -> dict[str, float]:
     low, high = wilson(sum(values), len(values))
     return {"mean": sum(values) / max(1, len(values)), "low": low, "high": high, "n": len(values)}
 
+# %% ../nbs/43_judge.ipynb #632b7a33
+def met(result: dict[str, bool]) -> float:
+    "The share of the criteria of one answer that it meets."
+    return sum(result.values()) / max(1, len(result))
+
 
 def judge_score(results: Sequence[dict[str, bool]]) -> dict:
-    "Overall share of answers that meet all criteria (`overall`, `low`, `high`, `n`), and the share of each of the `criteria`."
-    whole = share([bool(result) and all(result.values()) for result in results])
+    "`overall`: mean share of criteria met, with its 95 % interval `low`–`high`; `perfect`: share of answers that meet all; each of the `criteria`; `n`."
+    n, marks = len(results), [met(result) for result in results]
+    mean = sum(marks) / max(1, n)
+    half = 1.959964 * math.sqrt(sum((m - mean) ** 2 for m in marks) / max(1, n - 1) / max(1, n))
     names = dict.fromkeys(name for result in results for name in result)
     criteria = {name: share([result[name] for result in results if name in result]) for name in names}
-    return {"overall": whole["mean"], "low": whole["low"], "high": whole["high"], "criteria": criteria, "n": len(results)}
+    return {"overall": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half),
+            "perfect": share([bool(result) and all(result.values()) for result in results]), "criteria": criteria, "n": n}
 
-# %% ../nbs/43_judge.ipynb #5b6b4b84
+# %% ../nbs/43_judge.ipynb #be7b72b0
 def fault_hero(told: Story, dice: Dice) -> str:
     "From the middle on, the hero has another name."
     other = dice.choose([name for name in WORDS["name"] if name not in told.text])
@@ -213,8 +221,7 @@ def fault_hero(told: Story, dice: Dice) -> str:
 
 def fault_object(told: Story, dice: Dice) -> str:
     "The object is another one throughout."
-    same = article(told.facts["obj"])[:2]
-    things = [w for w in WORDS[PLOTS[told.facts["plot"]].things] if w not in told.text and article(w)[:2] == same]
+    things = [word for word in WORDS[PLOTS[told.facts["plot"]].things] if word not in told.text]
     return re.sub(rf"\b{told.facts['obj']}\b", dice.choose(things), told.text)
 
 
@@ -224,7 +231,7 @@ def fault_details(told: Story, dice: Dice) -> str:
     new = f"{dice.choose([c for c in WORDS['color'] if c != told.facts['col']])} {told.facts['obj']}"
     return new.join(told.text.rsplit(old, 1))
 
-# %% ../nbs/43_judge.ipynb #ccc5f87b
+# %% ../nbs/43_judge.ipynb #8525badb
 def fault_repeat(told: Story, dice: Dice) -> str:
     "One sentence stands twice."
     twice = dice.choose([s for s in sentences(told.text)[2:-1] if len(s) > 25])
@@ -236,7 +243,7 @@ def fault_cut(told: Story, dice: Dice) -> str:
     spaces = [match.start() for match in re.finditer(" ", told.text)]
     return told.text[:dice.choose(spaces[len(spaces) // 2:-12])]
 
-# %% ../nbs/43_judge.ipynb #693a9de0
+# %% ../nbs/43_judge.ipynb #1403545a
 class Turncoat(Teller):
     "Tells known choices up to the one called `turn`, takes another option there, and goes on at random."
 
@@ -268,7 +275,7 @@ def fault_plot(told: Story, dice: Dice) -> str:
     return story("fault", dice.choose(range(1 << 31)), N=facts["N"], kind=facts["kind"], obj=facts["obj"],
                  plot=dice.choose(plots), ending=facts["ending"], **luck).text
 
-# %% ../nbs/43_judge.ipynb #44648efc
+# %% ../nbs/43_judge.ipynb #5d749eef
 FAULTS = {"hero": fault_hero, "object": fault_object, "details": fault_details, "no_repeat": fault_repeat, "complete": fault_cut,
           "ending": fault_ending, "plot": fault_plot}
 
@@ -293,7 +300,7 @@ def wrong_story(told: Story, fault: str, dice: Dice) -> dict | None:
     pair = {"prompt": prompt, "chosen": told.text, "rejected": rejected, "fault": fault}
     return None if judge(prompt, rejected)[fault] else pair
 
-# %% ../nbs/43_judge.ipynb #cfcc5720
+# %% ../nbs/43_judge.ipynb #d5ee9918
 def preference(seed: int | str, index: int) -> dict:
     "Preference pair `index` of stream `seed`: the faults take turns, one in eight is a wrong answer to a question."
     dice, fault = Dice("preference", seed, index), [*FAULTS, "answer"][index % (len(FAULTS) + 1)]

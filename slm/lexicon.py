@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['GIRLS', 'BOYS', 'PRONOUNS', 'SITES', 'MACROS', 'pronouns']
 
-# %% ../nbs/40_lexicon.ipynb #292a4ec6
+# %% ../nbs/40_lexicon.ipynb #41f2228c
 from .language import DERIVED, MACROS, WORDS, Pick, Teller, definite, random_words, remember, sentence, words
 
-# %% ../nbs/40_lexicon.ipynb #d26bfad1
+# %% ../nbs/40_lexicon.ipynb #c6546f37
 GIRLS = words("""Mia Lily Anna Rosa Nora Ella Ivy Zoe Ruby Clara Daisy Emma Hazel Juno Kira Lola""")
 BOYS = words("""Tom Ben Max Leo Sam Finn Otto Hugo Jack Kai Luke Milo Ned Oscar Paul Rex""")
 WORDS["name"] = GIRLS + BOYS
 
-# %% ../nbs/40_lexicon.ipynb #8f02a93c
+# %% ../nbs/40_lexicon.ipynb #595b167c
 PRONOUNS = {"he": words("he him his He His"), "she": words("she her her She Her")}
 
 
@@ -26,7 +26,7 @@ def pronouns(name: str, number: str = "") -> dict[str, str]:
 for number in ("", "2", "3"):
     DERIVED["N" + number] = lambda name, number=number: pronouns(name, number)
 
-# %% ../nbs/40_lexicon.ipynb #11834b13
+# %% ../nbs/40_lexicon.ipynb #9111d1a5
 WORDS["kind"] = words("""rabbit fox mouse bear cat dog duck frog goat hen horse lamb owl otter pig squirrel hedgehog badger beaver crow
     donkey goose hamster lizard mole pony raccoon robin turtle wolf penguin monkey""")
 WORDS["trait"] = words("""brave curious kind shy clever cheerful gentle stubborn quiet merry careful proud honest patient dreamy tidy clumsy
@@ -35,7 +35,7 @@ WORDS["look"] = words("""sleepy tall old skinny plump noisy busy muddy dusty los
     famous hurried fluffy freckled sunburned bored chubby wrinkled smiling whistling limping yawning sneezing""")
 WORDS["kin"] = words("mother father grandmother grandfather aunt uncle brother sister cousin teacher neighbor godmother")
 
-# %% ../nbs/40_lexicon.ipynb #e7edf81d
+# %% ../nbs/40_lexicon.ipynb #0a583b8c
 WORDS["color"] = words("""red blue green yellow purple orange white black brown pink golden silver""")
 WORDS["size"] = words("""little big tiny small old new plain fancy lovely pretty shiny special beautiful splendid fine handmade large huge
     strange clean magic smooth painted soft""")
@@ -47,7 +47,7 @@ WORDS["craft"] = words("""kite scarf drum lantern puppet doll basket necklace cr
 WORDS["runaway"] = words("""hat kite ball balloon scarf umbrella hoop ribbon map letter feather marble wheel wagon cap paper_boat
     picture flag barrel sock""")
 
-# %% ../nbs/40_lexicon.ipynb #8e264aef
+# %% ../nbs/40_lexicon.ipynb #e43bbd8b
 WORDS["food"] = words("""bread cheese soup berries nuts honey grapes corn pears apples plums cherries carrots cake pie jam porridge pancakes
     cookies muffins noodles dumplings popcorn beans rice melon peaches radishes toast butter figs waffles""")
 WORDS["material"] = words("""paper;string;wool;straw;willow twigs;old cloth;bark;leather;silk;soft moss;pine cones;goose feathers;
@@ -61,7 +61,7 @@ WORDS["wear"] = words("cap vest belt bonnet apron sweater cape raincoat shawl bo
 WORDS["trinket"] = words("pebble button acorn feather coin bead nail snail_shell seed pinecone cork chestnut")
 WORDS["texture"] = words("smooth rough round flat bent cracked sticky sparkling spotted warm crooked dusty")
 
-# %% ../nbs/40_lexicon.ipynb #13063055
+# %% ../nbs/40_lexicon.ipynb #3f3f7722
 WORDS["place"] = words("""market mill pond river bridge meadow farm barn school library bakery harbor beach orchard station park castle
     lighthouse village_square playground lake fountain post_office toy_shop museum stables ferry crossroads theater inn
     vineyard town_hall""")
@@ -77,7 +77,7 @@ WORDS["number"] = words("""two three four five six seven eight nine ten eleven t
 WORDS["finish"] = words("""the stars came out;the moon rose;bedtime;the lamps were lit;the sun went down;supper was ready;
     the owls woke up;midnight;the bells rang;it rained""", ";")
 
-# %% ../nbs/40_lexicon.ipynb #6b5c7489
+# %% ../nbs/40_lexicon.ipynb #ab0c3b92
 WORDS["spot"] = words("""under a bench;behind a barrel;on a low wall;beside a fence;in the tall grass;under a bush;on a flat stone;
     next to a gate;on a window sill;inside a hollow log;behind a haystack;on the bottom step;between two rocks;
     under a wooden cart;on a tree stump;beside a flower pot;behind a big tree;in an empty box;under a pile of leaves;
@@ -92,7 +92,7 @@ WORDS["clue"] = words("""a trail of feathers;a line of footprints;a trail of cru
 for slot in ("spot", "trap", "clue"):
     DERIVED[slot] = lambda phrase, slot=slot: {"the " + slot: definite(phrase)}
 
-# %% ../nbs/40_lexicon.ipynb #c7001a4e
+# %% ../nbs/40_lexicon.ipynb #f1c5d089
 SITES = {
     "the dark": "a dark cellar", "deep water": "a deep lake", "high places": "a high tower", "spiders": "an attic full of spiders",
     "bats": "a cave full of bats", "big crowds": "the middle of a crowd", "ghosts": "an empty old house",
@@ -102,7 +102,7 @@ SITES = {
 WORDS["fear"] = tuple(SITES)
 DERIVED["fear"] = lambda fear: {"site": SITES[fear], "the site": definite(SITES[fear])}
 
-# %% ../nbs/40_lexicon.ipynb #d6ae33b5
+# %% ../nbs/40_lexicon.ipynb #e8d6227c
 WORDS["hobby"] = words("""singing;dancing;painting;reading;swimming;baking;climbing trees;telling jokes;collecting shells;
     playing chess;growing flowers;digging holes;catching leaves;counting stars;writing letters;fixing things;
     skipping stones;picking berries;watching clouds;drawing maps;making soup;solving riddles;sewing;whistling;
@@ -116,7 +116,7 @@ WORDS["doing"] = words("""chasing a butterfly;painting a fence;looking for a sho
     planting a tree;picking cherries;sorting stamps;folding paper;drawing a map;riding a bicycle;catching flies;
     drinking tea;rowing a boat;cutting the hedge;sharpening a pencil""", ";")
 
-# %% ../nbs/40_lexicon.ipynb #9e47b7e8
+# %% ../nbs/40_lexicon.ipynb #41892f90
 WORDS["task"] = words("""feed the ducks;watch a puppet show;carry some boxes;climb a tree;look at the boats;chase a butterfly;
     drink some water;listen to the music;build a tower;pick some flowers;smell the roses;pet a sheep;
     play hide and seek;roll down a hill;jump over puddles;talk to a snail;throw stones;watch the clouds;
@@ -136,7 +136,7 @@ WORDS["saying"] = words("""small steps climb big hills;a good friend is a warm c
     ask and learn;never count eggs too early;patience bears fruit;a song makes the road short;be kind to strangers;
     nothing is lost forever;try once more;every knot can be untied;home is where your friends are;no rose without thorns""", ";")
 
-# %% ../nbs/40_lexicon.ipynb #8fbdff9f
+# %% ../nbs/40_lexicon.ipynb #f894f6d7
 WORDS["sad"] = words("sad upset worried unhappy gloomy miserable troubled hurt ashamed helpless sorry dismayed hopeless desperate tearful")
 WORDS["cross"] = words("angry cross annoyed furious upset grumpy offended cold")
 WORDS["glad"] = words("happy glad proud cheerful delighted thrilled thankful pleased excited relieved joyful content")
@@ -149,7 +149,7 @@ WORDS["way"] = words("""slowly quickly quietly carefully eagerly calmly boldly s
 WORDS["heavy"] = words("stone iron lead bricks sand rocks potatoes wet_clay")
 WORDS["light"] = words("lark king bee puppy bird kitten child queen")
 
-# %% ../nbs/40_lexicon.ipynb #11543b3b
+# %% ../nbs/40_lexicon.ipynb #752b3cb4
 WORDS["went"] = words("went walked ran hurried strolled raced rushed trotted marched skipped wandered hopped")
 WORDS["said"] = words("said whispered murmured muttered mumbled declared announced remarked")
 WORDS["cried"] = words("cried shouted called yelled exclaimed bellowed roared hollered")
@@ -166,7 +166,7 @@ WORDS["took"] = words("took carried brought pulled dragged sent")
 WORDS["mended"] = words("mended fixed repaired glued patched saved")
 WORDS["broke"] = words("broke cracked burst split bent snapped")
 
-# %% ../nbs/40_lexicon.ipynb #c15ae508
+# %% ../nbs/40_lexicon.ipynb #041f0d42
 WORDS["slip"] = words("""I was chasing a butterfly;I was looking for mushrooms;I did not look;I was walking backward;
     I wanted to see the bottom;I was running from a bee;I was dancing;I tripped over a root""", ";")
 WORDS["fate"] = words("""fell into the water;rolled into a ditch;flew over a wall;slid under a cart;dropped into a well;
@@ -176,7 +176,7 @@ WORDS["reason"] = words("""my children wanted to see it;I was all alone;I though
     I love shiny things;I only wanted to borrow it""", ";")
 WORDS["beast"] = words("bull bear wolf lion crocodile giant thief troll ghost witch pirate dragon")
 
-# %% ../nbs/40_lexicon.ipynb #bb943caa
+# %% ../nbs/40_lexicon.ipynb #710e898e
 MACROS |= {"@" + name: "<a:size> <col=color> <obj=%s!>" % name for name in ("thing", "tool", "craft", "runaway")} | {
     "@my": "my <size> <col=color> <obj=thing!>", "@other": "<a:look> <kind!>",
     "@2": "<N2=name!> the <look> <kind2=kind!>", "@3": "<N3=name!> the <look> <kind3=kind!>",

@@ -23,7 +23,8 @@ from .artifacts import ArtifactError, artifact_id, atomic_dir, latest_checkpoint
 from .text import SPECIAL_TOKENS
 from .tokenizer import BPETokenizer, load_tokenizer
 from .data import Pack, Source, open_source, read_corpus, write_corpus, write_pack
-from .judge import eval_prompts, instructions, judge, judge_score, preferences
+from .tasks import eval_prompts, instruction
+from .judge import judge, judge_score
 from .model import TransformerLM, copier_init
 from .optim import TrainConfig
 from .pretrain import bits_per_byte, lm_loss, read_log, train
@@ -33,12 +34,13 @@ from .quantize import size_bytes
 from .sample import LM, load
 
 # %% auto #0
-__all__ = ['RUN_PRESETS', 'PIPELINE', 'CONTINUE', 'MAX_ANSWER', 'JUDGE_TEMPERATURE', 'MODELS', 'REPORT', 'STAGES', 'RunConfig',
-           'scale', 'Run', 'Stage', 'stage', 'output', 'stage_key', 'why_not_done', 'verify_output', 'bring_up_to_date',
-           'discard', 'with_dependents', 'run_source', 'make_corpus', 'make_tokenizer', 'run_tokenizer', 'make_pack',
-           'val_docs', 'floor', 'train_hooks', 'make_pretrain', 'continuations', 'chats', 'make_sft', 'ranked_pairs',
-           'run_pairs', 'make_dpo', 'make_int8', 'judged', 'bits_of', 'samples_of', 'collect', 'plot_loss',
-           'plot_judge', 'plot_time', 'quote', 'score_text', 'report_text', 'make_report', 'plan_run', 'run_pipeline']
+__all__ = ['RUN_PRESETS', 'PIPELINE', 'CONTINUE', 'SFT_TASKS', 'MAX_ANSWER', 'JUDGE_TEMPERATURE', 'MODELS', 'REPORT', 'STAGES',
+           'RunConfig', 'scale', 'Run', 'Stage', 'stage', 'output', 'stage_key', 'why_not_done', 'verify_output',
+           'bring_up_to_date', 'discard', 'with_dependents', 'run_source', 'make_corpus', 'make_tokenizer',
+           'run_tokenizer', 'make_pack', 'val_docs', 'floor', 'train_hooks', 'make_pretrain', 'continuations', 'chats',
+           'make_sft', 'ranked_pairs', 'run_pairs', 'make_dpo', 'make_int8', 'judged', 'bits_of', 'samples_of',
+           'collect', 'plot_loss', 'plot_judge', 'plot_time', 'quote', 'score_text', 'report_text', 'make_report',
+           'plan_run', 'run_pipeline']
 
 # %% ../nbs/95_run.ipynb #4a10e3b0
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class RunConfig:
     minutes: float = 10.0           # the dial: `scale` multiplies every budget by wanted minutes / this
     corpus_bytes: int = 15_000_000  # text to write or to read, at most
     val_docs: int = 400             # held-out documents that bits per byte is measured on
-    sft_chats: int = 4_000          # conversations for fine-tuning
+    sft_chats: int = 9_000          # conversations for fine-tuning
     dpo_prompts: int = 400          # prompts answered by the SFT model and ranked by the judge
     dpo_samples: int = 4            # answers to each of them
     dpo_beta: float = 0.1           # strength of the pull towards the reference
@@ -65,7 +67,7 @@ def _training(steps: int, batch_size: int, context_length: int, lr: float = 1e-2
                        decay_fraction=0.5, **more)
 
 RUN_PRESETS: dict[str, RunConfig] = {
-    "story": RunConfig(model=PRESETS["story"], pretrain=_training(1150, 8, 256, eval_every=50, sample_every=230), sft=_training(300, 4, 512),
+    "story": RunConfig(model=PRESETS["story"], pretrain=_training(900, 8, 256, eval_every=50, sample_every=225), sft=_training(700, 4, 512),
                        dpo=_training(60, 16, 512, lr=1e-3, muon_lr=2e-3)),
     "tiny": RunConfig(model=PRESETS["tiny"], minutes=0.8, corpus_bytes=2_000_000, val_docs=64, sft_chats=600, dpo_prompts=24, dpo_samples=2, judge_prompts=24,
                       pretrain=_training(200, 8, 256, eval_every=20, sample_every=50), sft=_training(50, 4, 512), dpo=_training(10, 8, 512, lr=1e-3, muon_lr=2e-3)),
@@ -244,6 +246,7 @@ def make_pretrain(run: Run) -> str:
 
 # %% ../nbs/95_run.ipynb #c77af61d
 CONTINUE = "Continue this text: "
+SFT_TASKS = {"write": 6, "question": 1, "name": 1, "continue": 1, "rewrite": 1, "then_question": 1}  # shares of the tasks; stories are the hardest
 
 def continuations(run: Run, n: int) -> list[dict]:
     "Conversations made of the corpus itself: the first third of a document asks, the rest answers"
@@ -258,9 +261,8 @@ def continuations(run: Run, n: int) -> list[dict]:
 
 def chats(run: Run) -> list[dict]:
     "The conversations a run is fine-tuned on"
-    n, seed = run.config.sft_chats, run.config.seed + 1
-    if run.story: return list(instructions(seed, n))
-    return list(instructions(seed, n - n // 2)) + continuations(run, n // 2)
+    n, other = run.config.sft_chats, 0 if run.story else run.config.sft_chats // 2
+    return [instruction(f"sft-{run.config.seed}", i, SFT_TASKS) for i in range(n - other)] + continuations(run, other)
 
 # %% ../nbs/95_run.ipynb #90a29420
 @stage("sft", ("pretrain", "tokenizer", "corpus"), lambda run: [run.config.sft_chats, to_dict(run.config.sft)], trains=True)
@@ -271,11 +273,11 @@ def make_sft(run: Run) -> str:
     return f"{done['tokens']:,} tokens, final loss {done['loss']:.3f}"
 
 # %% ../nbs/95_run.ipynb #849b90eb
-def ranked_pairs(lm: LM, prompts: list[list[dict]], n_samples: int, max_new_tokens: int, seed: int) -> list[dict]:
+def ranked_pairs(lm: LM, prompts: list[list[dict]], n_samples: int, seed: int) -> list[dict]:
     "Answer every prompt `n_samples` times; the best and the worst answer, when they differ in what the judge finds, make a preference pair"
     pairs, good = [], lambda prompt, answer: sum(judge(prompt, answer).values())
     asked = [p for p in prompts for _ in range(n_samples)]
-    answers = lm.chat_batch(asked, max_new_tokens=max_new_tokens, temperature=1.0, seed=seed)
+    answers = lm.chat_batch(asked, max_new_tokens=MAX_ANSWER, temperature=JUDGE_TEMPERATURE, seed=seed, progress=True)
     for i, prompt in enumerate(prompts):
         group = sorted(answers[i * n_samples:(i + 1) * n_samples], key=lambda a: good(prompt, a))
         if good(prompt, group[-1]) > good(prompt, group[0]): pairs.append({"prompt": prompt, "chosen": group[-1], "rejected": group[0]})
@@ -283,12 +285,12 @@ def ranked_pairs(lm: LM, prompts: list[list[dict]], n_samples: int, max_new_toke
 
 # %% ../nbs/95_run.ipynb #56fb9e16
 def run_pairs(run: Run) -> list[dict]:
-    "Preference pairs for this run, the model's own and the world's; kept on disk so that an interrupted run does not sample again"
+    "Preference pairs for this run; kept on disk so that an interrupted run does not sample again"
     kept = run.path("dpo") / "pairs.json"
     if kept.exists(): return read_json(kept)["pairs"]
     c, lm = run.config, load(output(run, "sft"))
-    prompts = [chat["messages"][:-1] for chat in instructions(c.seed + 2, c.dpo_prompts) if chat["task"] == "write" and len(chat["messages"]) == 2]
-    pairs = ranked_pairs(lm, prompts, c.dpo_samples, MAX_ANSWER, c.seed) + list(preferences(c.seed + 2, c.dpo_prompts))
+    prompts = [instruction(f"dpo-{c.seed}", i, {"write": 1})["messages"][:-1] for i in range(c.dpo_prompts)]
+    pairs = ranked_pairs(lm, prompts, c.dpo_samples, c.seed)
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_json(kept, {"pairs": pairs})
     return pairs
@@ -321,7 +323,7 @@ def judged(run: Run, name: str) -> dict:
     if kept.exists() and (found := read_json(kept))["asked"] == asked: return found
     run.say(f"{'':16} {name}: answering {run.config.judge_prompts} held-out prompts")
     prompts = eval_prompts(run.config.seed, run.config.judge_prompts)
-    answers = load(output(run, name)).chat_batch(prompts, max_new_tokens=MAX_ANSWER, temperature=JUDGE_TEMPERATURE, seed=run.config.seed)
+    answers = load(output(run, name)).chat_batch(prompts, max_new_tokens=MAX_ANSWER, temperature=JUDGE_TEMPERATURE, seed=run.config.seed, progress=True)
     verdicts = [judge(p, a) for p, a in zip(prompts, answers)]
     found = {"asked": asked, "score": judge_score(verdicts), "verdicts": verdicts, "answers": answers}
     kept.parent.mkdir(exist_ok=True)

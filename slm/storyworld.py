@@ -6,7 +6,7 @@
 __all__ = ['OPENING', 'SUBPLOT', 'RECALL', 'ENDINGS', 'FORCED', 'WORLD_VERSION', 'Ending', 'close', 'tell', 'Story', 'finished',
            'story', 'stories', 'read', 'decode', 'possible', 'parsed_share']
 
-# %% ../nbs/40_storyworld.ipynb #27d27371
+# %% ../nbs/40_storyworld.ipynb #256acde6
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ import slm.quests  # noqa: F401  registers the second half of the plots
 from .language import SCRIPTS, StoryError, Teller, perform, random_words, readings, script, sentence
 from .plots import PLOTS
 
-# %% ../nbs/40_storyworld.ipynb #61db350c
+# %% ../nbs/40_storyworld.ipynb #64dffc34
 OPENING = script("opening", """
     Once upon a time, there {was|lived} <a:trait=trait> <kind=kind!> {named|called} <N=name!>.
     / <N=name!> was <a:trait=trait> <kind=kind!> who lived <near> the <place!>.
@@ -32,7 +32,7 @@ OPENING = script("opening", """
     ---
 """)
 
-# %% ../nbs/40_storyworld.ipynb #06963971
+# %% ../nbs/40_storyworld.ipynb #4f877bf4
 SUBPLOT = script("subplot", """
     [He] {kept|had|carried|hid} <a:texture=texture> <trinket=trinket> in [his] {pocket|bag|shoe|hat|basket}.
     / "Bring home some <errand=food!>," [his] <kin=kin!> had <said>{ <tone>|}.
@@ -50,7 +50,7 @@ RECALL = script("recall", """
     ?wear [N] {<way> |}{waved|folded|dropped|straightened|brushed} [his] [wearcolor] [wear].
 """)
 
-# %% ../nbs/40_storyworld.ipynb #4722f776
+# %% ../nbs/40_storyworld.ipynb #18bab4c0
 @dataclass(frozen=True)
 class Ending:
     "A way to end: its closing sentences, in which VOW and MORAL stand for the plot's own."
@@ -84,7 +84,7 @@ ENDINGS = {name: Ending(name, SCRIPTS[name][0].texts) for name, _ in (
     """)),
 )}
 
-# %% ../nbs/40_storyworld.ipynb #db71f89d
+# %% ../nbs/40_storyworld.ipynb #8830bed4
 def close(t: Teller) -> None:
     "What became of the small thing, then the ending that luck allows (weights 2, 1, 1)."
     perform(t, RECALL)
@@ -93,7 +93,7 @@ def close(t: Teller) -> None:
     t.mem["ending"], plot = ending.name, t.mem["plot"]
     sentence(t, *(text.replace("VOW", f"<vow {plot}>").replace("MORAL", f"<moral {plot}>") for text in ending.plans))
 
-# %% ../nbs/40_storyworld.ipynb #1d7a4bf0
+# %% ../nbs/40_storyworld.ipynb #8eaf12d9
 def tell(t: Teller) -> Teller:
     "Tell a whole story: the opening, then the plot that is chosen now, then the end."
     perform(t, OPENING)
@@ -103,7 +103,7 @@ def tell(t: Teller) -> Teller:
     close(t)
     return t
 
-# %% ../nbs/40_storyworld.ipynb #0c7ae847
+# %% ../nbs/40_storyworld.ipynb #77828763
 @dataclass(frozen=True)
 class Story:
     "A story: its text, exact information content in bits, what it tells (`facts`) and the choices that made it."
@@ -118,7 +118,7 @@ def finished(t: Teller) -> Story:
     facts = {slot: word for slot, word in t.mem.items() if isinstance(word, str) and slot != "gap"}
     return Story("".join(t.out), math.fsum(t.costs), facts, t.choices)
 
-# %% ../nbs/40_storyworld.ipynb #140f02bc
+# %% ../nbs/40_storyworld.ipynb #cd1aea7f
 FORCED = {"plot": PLOTS, "ending": ENDINGS}
 
 
@@ -135,7 +135,7 @@ def stories(seed: int | str, n: int | None = None, start: int = 0) -> Iterator[S
         yield story(seed, index)
         index += 1
 
-# %% ../nbs/40_storyworld.ipynb #2d98026c
+# %% ../nbs/40_storyworld.ipynb #00135443
 def read(text: str) -> Story:
     "The story whose text this is; StoryError, with the place, when it is no story of this world."
     reached: list[int] = []
@@ -149,7 +149,7 @@ def decode(text: str) -> list[int]:
     "The choices that tell `text`; StoryError when it is no story of this world."
     return read(text).choices
 
-# %% ../nbs/40_storyworld.ipynb #13dc9097
+# %% ../nbs/40_storyworld.ipynb #c70e8441
 def possible(text: str) -> bool:
     "Is `text` a story of this world, to the letter?"
     return next(readings(text, tell), None) is not None
@@ -162,5 +162,5 @@ def parsed_share(text: str) -> float:
         return 1.0
     return max(reached) / max(1, len(text))
 
-# %% ../nbs/40_storyworld.ipynb #8a2c0708
+# %% ../nbs/40_storyworld.ipynb #56e276cb
 WORLD_VERSION = 1
