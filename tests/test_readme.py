@@ -1,0 +1,68 @@
+"""The README tells the truth: its commands exist, its links lead somewhere, its figures are those of the stored report."""
+import json
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+REPORT = json.loads((ROOT / "nbs" / "results" / "story.json").read_text(encoding="utf-8"))
+
+
+def test_two_commands_stand_once_each():
+    lines = README.splitlines()
+    for last in ("slm run", "slm test"):
+        assert lines.count(f"pip install -c constraints.txt -e '.[dev]' && {last}") == 1
+
+
+def test_links_lead_somewhere():
+    local = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith("http")]
+    assert len(local) > 20 and not [target for target in local if not (ROOT / target).exists()]
+
+
+def test_every_notebook_is_in_the_table():
+    assert [p.stem for p in sorted((ROOT / "nbs").glob("[0-9]*.ipynb"))] == re.findall(r"\[`(\d\d_\w+)`\]", README)
+
+
+def test_figures_are_those_of_the_report():
+    bits, judge = REPORT["bits_per_byte"], REPORT["judge"]
+    for value in (bits["val"], bits["floor"], bits["int8"], bits["val"] - bits["floor"]):
+        assert f"{value:.3f}" in README
+    for model in ("base", "sft", "dpo"):
+        assert f"{100 * judge[model]['overall']:.0f} %" in README
+    assert f"{REPORT['parameters']:,}" in README
+    assert f"{sum(REPORT['seconds'].values()) / 60:.1f} in all" in README
+
+
+def test_the_report_holds_what_was_promised():
+    bits, judge = REPORT["bits_per_byte"], REPORT["judge"]
+    assert 0 < bits["val"] - bits["floor"] < 0.15 and abs(bits["int8"] - bits["val"]) < 0.01
+    assert judge["base"]["high"] < judge["sft"]["low"] and judge["sft"]["overall"] < judge["dpo"]["overall"]
+    assert all(judge[model]["n"] >= 200 for model in judge) and sum(REPORT["seconds"].values()) < 600
+
+
+@pytest.mark.parametrize("line", [line.split("#")[0].strip() for line in README.splitlines() if re.match(r"slm \w", line)])
+def test_shell_examples_are_real_commands(line):
+    from slm.cli import app
+    words = line.split()[1:]
+    known = CliRunner().invoke(app, [words[0], "--help"])
+    assert known.exit_code == 0
+    assert not [flag for flag in re.findall(r"--[a-z-]+", line) if flag not in known.output]
+
+
+def test_names_in_the_python_examples_exist():
+    import slm
+    from slm.sample import LM
+    assert all(hasattr(LM, name) for name in re.findall(r"\blm\.(\w+)\(", README)) and callable(slm.load)
+    for module, names in re.findall(r"from (slm\.\w+) import (.+)", README):
+        loaded = __import__(module, fromlist=["*"])
+        assert all(hasattr(loaded, name.strip()) for name in names.split(","))
+
+
+def test_notebooks_keep_no_errors():
+    for path in (ROOT / "nbs").glob("*.ipynb"):
+        outputs = [out for cell in nbformat.read(path, 4).cells for out in cell.get("outputs", [])]
+        assert not [out for out in outputs if out.output_type == "error"], path.name
