@@ -9,7 +9,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from .text import SPECIAL_TOKENS
 from .tokenizer import BPETokenizer, load_tokenizer
 from .data import Pack, Source, open_source, read_corpus, write_corpus, write_pack
 from .tasks import eval_prompts, instruction
-from .judge import judge, judge_score
+from .judge import judge, judge_score, preferences
 from .model import TransformerLM, copier_init
 from .optim import TrainConfig
 from .pretrain import bits_per_byte, lm_loss, read_log, train
@@ -51,11 +51,11 @@ class RunConfig:
     sft: TrainConfig
     dpo: TrainConfig
     minutes: float = 10.0           # the dial: `scale` multiplies every budget by wanted minutes / this
-    corpus_bytes: int = 15_000_000  # text to write or to read, at most
+    corpus_bytes: int = 10_000_000  # text to write or to read, at most
     val_docs: int = 400             # held-out documents that bits per byte is measured on
-    sft_chats: int = 9_000          # conversations for fine-tuning
-    dpo_prompts: int = 400          # prompts answered by the SFT model and ranked by the judge
-    dpo_samples: int = 4            # answers to each of them
+    sft_chats: int = 6_000          # conversations for fine-tuning
+    dpo_prompts: int = 240          # prompts answered by the SFT model and ranked by the judge
+    dpo_samples: int = 3            # answers to each of them
     dpo_beta: float = 0.1           # strength of the pull towards the reference
     judge_prompts: int = 240        # held-out prompts that the judge scores every model on
     seed: int = 0                   # one seed reproduces everything on one machine
@@ -67,8 +67,8 @@ def _training(steps: int, batch_size: int, context_length: int, lr: float = 1e-2
                        decay_fraction=0.5, **more)
 
 RUN_PRESETS: dict[str, RunConfig] = {
-    "story": RunConfig(model=PRESETS["story"], pretrain=_training(900, 8, 256, eval_every=50, sample_every=225), sft=_training(700, 4, 512),
-                       dpo=_training(60, 16, 512, lr=1e-3, muon_lr=2e-3)),
+    "story": RunConfig(model=PRESETS["story"], pretrain=_training(800, 8, 256, eval_every=50, sample_every=200), sft=_training(560, 4, 512),
+                       dpo=_training(40, 16, 512, lr=1e-3, muon_lr=2e-3)),
     "tiny": RunConfig(model=PRESETS["tiny"], minutes=0.8, corpus_bytes=2_000_000, val_docs=64, sft_chats=600, dpo_prompts=24, dpo_samples=2, judge_prompts=24,
                       pretrain=_training(200, 8, 256, eval_every=20, sample_every=50), sft=_training(50, 4, 512), dpo=_training(10, 8, 512, lr=1e-3, muon_lr=2e-3)),
 }
@@ -171,7 +171,7 @@ def discard(run: Run, name: str) -> None:
     if run.path(name).exists(): shutil.rmtree(run.path(name))
 
 # %% ../nbs/95_run.ipynb #4f026d1c
-def with_dependents(names) -> set[str]:
+def with_dependents(names: tuple[str, ...] | list[str]) -> set[str]:
     "The stages named, and every stage that reads from one of them, directly or not; raises `SLMError` for an unknown name"
     for n in names:
         if n not in PIPELINE: raise SLMError(f"unknown stage {n!r} for --redo: choose from {', '.join(PIPELINE)}")
@@ -181,7 +181,7 @@ def with_dependents(names) -> set[str]:
     return done
 
 # %% ../nbs/95_run.ipynb #53649416
-def run_source(run: Run):
+def run_source(run: Run) -> Source:
     "The `Source` of this run; raises `DataError` when there is nothing to read"
     return open_source(run.corpus, seed=run.config.seed)
 
@@ -291,6 +291,7 @@ def run_pairs(run: Run) -> list[dict]:
     c, lm = run.config, load(output(run, "sft"))
     prompts = [instruction(f"dpo-{c.seed}", i, {"write": 1})["messages"][:-1] for i in range(c.dpo_prompts)]
     pairs = ranked_pairs(lm, prompts, c.dpo_samples, c.seed)
+    if len(pairs) < c.dpo.batch_size: pairs += preferences(c.seed, c.dpo.batch_size)
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_json(kept, {"pairs": pairs})
     return pairs
@@ -378,9 +379,12 @@ def plot_loss(run: Run, bits: dict) -> Figure:
     ax.plot([r["tokens"] / 1e6 for r in rows], [r["bits_per_byte"] for r in rows], "o-", ms=3, label="the model, held-out text")
     if bits["floor"] is not None: ax.axhline(bits["floor"], color="k", ls="--", lw=1, label=f"the floor: {bits['floor']:.3f}")
     ax.set(xlabel="million training tokens", ylabel="bits per byte", yscale="log", title=f"pretraining ends at {bits['val']:.3f} bits per byte")
+    ax.yaxis.set_major_formatter("{x:.2g}")
+    ax.yaxis.set_minor_formatter("{x:.2g}")
     ax.legend(frameon=False)
     return fig
 
+# %% ../nbs/95_run.ipynb #ae573993
 def plot_judge(scores: dict) -> Figure:
     "The judge's score of each model, by criterion and overall, with 95 % intervals"
     names = ["overall", *next(iter(scores.values()))["criteria"]]

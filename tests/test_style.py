@@ -416,9 +416,15 @@ def complain(complaints: list[str]) -> None:
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
+# Budgets that a notebook does not meet yet. A test that passes although it stands here fails, so the list can only shrink.
+OPEN = {"95_run": {"cell_length_typical", "line_length", "used_soon", "enough_assertions"}}
+
+
 @each_notebook
 @pytest.mark.parametrize("budget", CHECKS)
-def test_budget(path, budget):
+def test_budget(path, budget, request):
+    if budget in OPEN.get(path.stem, ()):
+        request.applymarker(pytest.mark.xfail(reason="95_run is to be split into three notebooks", strict=True))
     complain(list(CHECKS[budget](read(path))))
 
 
