@@ -247,16 +247,16 @@ def project_root() -> Path:
 
 # %% ../nbs/98_cli.ipynb #51f015ee
 CHECKS: dict[str, tuple[str, list[str]]] = {
-    "export": ("slm/ is what the notebooks export", ["pytest", "tests/test_style.py", "-k", "package_is_what", "-p", "no:cacheprovider"]),
-    "ruff": ("no lint", ["ruff", "check", "--output-format", "concise", "."]),
-    "notebooks": ("every notebook runs", ["nbdev.test", "--n_workers", "2"]),
-    "pytest": ("every test passes", ["pytest"]),
+    "export": ("slm/ is what the notebooks export", ["-m", "pytest", "tests/test_style.py", "-k", "package_is_what"]),
+    "ruff": ("no lint", ["-m", "ruff", "check", "--output-format", "concise", "."]),
+    "notebooks": ("every notebook runs", ["-c", "from nbdev.test import nbdev_test; nbdev_test(n_workers=2)"]),
+    "pytest": ("every test passes", ["-m", "pytest"]),
 }
 
 def check_passes(name: str, words: list[str], timeout: float) -> bool:
     """Run one of `CHECKS`; say how it went, and show the end of its output when it failed. pytest speaks for itself."""
     begin, live = time.perf_counter(), name == "pytest"
-    code, output = run_check([sys.executable, "-m", *words], timeout, show=live)
+    code, output = run_check([sys.executable, *words], timeout, show=live)
     if code and output:
         write("\n" + "\n".join(output.rstrip().splitlines()[-60:]) + "\n")
     if not live:
