@@ -203,7 +203,8 @@ def run_command(name: Optional[str] = None, *, preset: str = "story", corpus: st
     slm run mine --corpus book.txt --minutes 30    your own text
     """
     from slm.run import run_pipeline
-    folder = run_pipeline(name, preset=preset, corpus=corpus, minutes=minutes, redo=tuple(redo), out=out, seed=seed, vocab_size=vocab_size, quiet=quiet)
+    folder = run_pipeline(name, preset=preset, corpus=corpus, minutes=minutes, redo=tuple(redo), out=out, seed=seed,
+                          vocab_size=vocab_size, quiet=quiet)
     write("" if quiet else f"\n{folder / 'report.md'}  ·  talk to it: slm chat {folder}\n")
 
 # %% ../nbs/98_cli.ipynb #100dda0a
