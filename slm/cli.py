@@ -192,7 +192,8 @@ def eval_command(checkpoint: Optional[Path] = None, *, text: Optional[str] = Non
          minutes=Word("Time to spend; every budget is scaled to it. Default: the preset's.", "m"),
          redo=Word("Redo a stage and what depends on it: corpus tokenizer pack pretrain sft dpo int8 report.", shown="STAGE"))
 def run_command(name: Optional[str] = None, *, preset: str = "story", corpus: str = "storyworld", minutes: Optional[float] = None,
-                redo: list[str] = (), out: Path = Path("checkpoints"), seed: int = 0, vocab_size: Optional[int] = None, quiet: bool = False) -> None:
+                redo: list[str] = (), out: Path = Path("checkpoints"), seed: int = 0,
+                vocab_size: Optional[int] = None, quiet: bool = False) -> None:
     """The whole story: from text to a model that answers.
 
     A stage whose inputs have not changed is skipped; after Ctrl-C, the same command goes on where it was.
