@@ -135,13 +135,13 @@ class TransformerLM(Backbone):
 # %% ../nbs/30_model.ipynb #9db9b479
 @torch.no_grad()
 def copier_init(model: TransformerLM, gain: float = 0.3, table: float = 0.1) -> TransformerLM:
-    "Start with heads that look everywhere alike and pass on what they see: o_proj = gain · v_projᵀ; the table gets rows of size `table`. In place."
+    "Heads that look everywhere alike and pass on what they see: o_proj = gain · v_projᵀ; rows of the table of size `table`. In place."
     nn.init.normal_(model.embed.weight, std=table)
     for layer in model.layers:
         heads = layer.attn
         nn.init.orthogonal_(heads.v_proj.weight)
         values = heads.v_proj.weight.unflatten(0, (heads.n_kv_head, heads.d_head))            # (Hkv, K, D)
-        values = values.repeat_interleave(heads.n_head // heads.n_kv_head, 0).flatten(0, 1)   # (H·K, D): each query head undoes its own values
+        values = values.repeat_interleave(heads.n_head // heads.n_kv_head, 0).flatten(0, 1)   # (H·K, D): each head undoes its values
         heads.o_proj.weight.copy_(gain * values.T)
         heads.q_proj.weight.mul_(0.1)
     return model
