@@ -201,7 +201,7 @@ def met(result: dict[str, bool]) -> float:
 
 
 def judge_score(results: Sequence[dict[str, bool]]) -> dict:
-    "`overall`: mean share of criteria met, 95 % interval `low`–`high`; `perfect`: share of answers that meet all; each of the `criteria`; `n`."
+    "`overall`: mean share of criteria met, 95 % interval `low`–`high`; `perfect`: share that meet all; `criteria`: each; `n`."
     n, marks = len(results), [met(result) for result in results]
     mean = sum(marks) / max(1, n)
     half = 1.959964 * math.sqrt(sum((m - mean) ** 2 for m in marks) / max(1, n - 1) / max(1, n))
