@@ -23,7 +23,7 @@ import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = sorted(path for path in (ROOT / "nbs").glob("*.ipynb") if re.match(r"\d\d_", path.name))
+NOTEBOOKS = sorted(path for path in (ROOT / "nbs").glob("*.ipynb") if re.match(r"\d\d[a-z]?_", path.name))
 BUDGET = dict(
     cell_lines=30, cell_lines_median=6, cell_lines_p90=18,                # non-blank lines of a code cell, `#|` lines not counted
     function_lines=30, function_lines_median=8, function_lines_p90=20,    # non-blank lines of an exported function, docstring not counted
@@ -417,14 +417,14 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 
 
 # Budgets that a notebook does not meet yet. A test that passes although it stands here fails, so the list can only shrink.
-OPEN = {"95_run": {"cell_length_typical", "line_length", "used_soon", "enough_assertions"}}
+OPEN = {"97d_run": {"cell_length_typical", "line_length", "used_soon", "enough_assertions"}}
 
 
 @each_notebook
 @pytest.mark.parametrize("budget", CHECKS)
 def test_budget(path, budget, request):
     if budget in OPEN.get(path.stem, ()):
-        request.applymarker(pytest.mark.xfail(reason="95_run is to be split into three notebooks", strict=True))
+        request.applymarker(pytest.mark.xfail(reason="97d_run is to be split into three notebooks", strict=True))
     complain(list(CHECKS[budget](read(path))))
 
 
