@@ -182,11 +182,12 @@ class Display:
             self.run.say(record["sample"])
 
 # %% ../nbs/53_pretrain.ipynb #dfde4fb3
-def _leave(run: Run, number: int) -> None:  # after a signal: SIGTERM ends the process without complaint, Ctrl-C raises Interrupted
+def _leave(run: Run, number: int) -> None:  # after a signal: SIGTERM ends the process with code 143, Ctrl-C raises Interrupted
     sentence = f"stopped after step {run.step} of {run.config.steps}, everything is saved: run the same again to go on"
     run.say(sentence)
     if number == signal.SIGTERM:
-        raise SystemExit(0)
+        print(f"{run.title} {sentence}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)
     raise Interrupted(f"{run.title} {sentence}")
 
 
@@ -211,7 +212,7 @@ def train(
     losses, number of targets, sums of metrics. `evaluate(model)`: numbers for the log; `sample(model)`: a text to show. `parents`: ids of
     what this run is made from; `files`: copied into every checkpoint; `state_extra`: added to its state. `on_step(step)` is called
     after each step, logged and saved. Raises TrainingError (another run's folder, losses that are not finite), ArtifactError (disk,
-    lock), Interrupted after Ctrl-C; ends the process after SIGTERM."""
+    lock), Interrupted after Ctrl-C; ends the process with exit code 143 after SIGTERM."""
     run = Run(model, batch_at, config, Path(run_dir), dict(parents or {}), dict(files or {}), dict(state_extra or {}), title, quiet)
     with run_lock(run_dir), Signals() as signals:
         display = Display(begin(run))

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['StopFilter', 'TextStream', 'write_out', 'utf8_text', 'sampling_of', 'special_ids', 'Writer', 'Talker', 'LM',
-           'named_by', 'find_checkpoint', 'load']
+__all__ = ['StopFilter', 'TextStream', 'write_out', 'utf8_text', 'sampling_of', 'special_ids', 'Writer', 'Talker', 'Keeper', 'LM',
+           'named_by', 'find_checkpoint', 'load_foreign', 'load']
 
 # %% ../nbs/92_sample.ipynb #527ed58c
 from .artifacts import latest_checkpoint, step_folders
 from .config import from_dict
 from .decode import Decoder, generate_ids
 from .ground import pick_device
+from .interop import export_model, format_of, import_model
 from .loss import bits_per_byte
 from .model import TransformerLM, count_parameters
 from .quantize import is_int8, open_model, quantize_model, save_model, size_bytes
@@ -154,13 +155,25 @@ class Talker(Writer):
         return "".join(self.chat_stream(messages, **settings))
 
 # %% ../nbs/92_sample.ipynb #8a02a225
-class LM(Talker):
-    """A model with its tokenizer: what `slm.load` returns. Settings of all methods that write:
-    `temperature=0.8, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, seed=0, max_new_tokens=200, stop=None`."""
+class Keeper(Talker):
+    "A model with what is known of its making: it can be kept, and given away."
 
     def __init__(self, model: TransformerLM, tokenizer: Tokenizer, state: dict | None = None, parents: dict[str, str] | None = None):
         super().__init__(model, tokenizer)
         self.state, self.parents = state or {}, parents or {}
+
+    def save(self, path: str | Path) -> Path:
+        "Write model and tokenizer as a checkpoint folder that `load` opens. Raises `ArtifactError`."
+        return save_model(path, self.model, state=self.state, parents=self.parents, write_files=self.tokenizer.save)
+
+    def export(self, path: str | Path, format: str = "hf", dtype: str | None = None) -> Path:
+        "Write a Hugging Face folder (hf) or a GGUF file (gguf) for other tools, see `slm.interop`. Raises `SLMError`."
+        return export_model(path, self.model, self.tokenizer, format, dtype, self.parents)
+
+# %% ../nbs/92_sample.ipynb #1cdde82d
+class LM(Keeper):
+    """A model with its tokenizer: what `slm.load` returns. Settings of all methods that write:
+    `temperature=0.8, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, seed=0, max_new_tokens=200, stop=None`."""
 
     def generate_batch(self, prompts: list[str], progress: bool = False, batch_size: int = 64, **settings) -> list[str]:
         "Continuations of many prompts; the i-th is what `generate` writes with seed + i."
@@ -186,11 +199,6 @@ class LM(Talker):
         "A copy with every matrix in eight bits; this one stays as it is."
         if kind != "int8": raise SampleError(f"unknown quantisation {kind!r}: int8 is the one there is")
         return LM(quantize_model(self.model, group_size=group_size), self.tokenizer, self.state, self.parents)
-
-    def save(self, path: str | Path) -> Path:
-        "Write model and tokenizer as a checkpoint folder that `load` opens. Raises `ArtifactError`."
-        write_tokenizer = lambda folder: self.tokenizer.save(folder / "tokenizer.json")
-        return save_model(path, self.model, state=self.state, parents=self.parents, write_files=write_tokenizer)
 
 # %% ../nbs/92_sample.ipynb #162316df
 def named_by(latest: Path) -> Path:
@@ -218,8 +226,16 @@ def find_checkpoint(path: str | Path, depth: int = 3) -> Path:
     raise SampleError(f"{path} holds no model: {hint}")
 
 # %% ../nbs/92_sample.ipynb #3cf90e3e
+def load_foreign(path: str | Path, device: str = "cpu") -> LM:
+    "The `LM` of a Hugging Face folder or a GGUF file. Raises `SLMError`."
+    model, tokenizer = import_model(path)
+    if tokenizer is None: raise SampleError(f"{path} holds a model but no tokenizer.json: put the tokenizer of its training there")
+    return LM(model.to(pick_device(device)), tokenizer)
+
+# %% ../nbs/92_sample.ipynb #f766167a
 def load(path: str | Path, device: str = "cpu") -> LM:
-    "The `LM` of a model folder, a training run or an `slm run` folder, float or int8, every file verified. Raises `SLMError`."
+    "The `LM` of a model folder, training run, `slm run` folder, Hugging Face folder or GGUF file, float or int8. Raises `SLMError`."
+    if format_of(path): return load_foreign(path, device)
     found = find_checkpoint(path)
     model, saved = open_model(found)
     if "tokenizer.json" not in saved.manifest["files"]:

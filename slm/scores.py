@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import Registry
+from .config import Registry, SLMError
 
 # %% auto #0
-__all__ = ['KERNELS', 'softmax', 'attention_scores', 'causal_mask', 'repeat_heads', 'attention_weights',
-           'scaled_dot_product_attention', 'fused_attention', 'matmul_attention', 'auto_attention',
+__all__ = ['KERNELS', 'softmax', 'attention_scores', 'soft_cap', 'causal_mask', 'repeat_heads', 'dropped', 'attention_weights',
+           'scaled_dot_product_attention', 'AttentionError', 'fused_attention', 'matmul_attention', 'auto_attention',
            'sliding_window_mask', 'document_mask', 'padding_mask', 'attention_mask']
 
 # %% ../nbs/20_scores.ipynb #b5f5bf5e
@@ -29,6 +29,11 @@ def attention_scores(q: Tensor, k: Tensor) -> Tensor:
     "Scaled dot products of every query (…, T, K) with every key (…, S, K): (…, T, S)."
     return (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
 
+# %% ../nbs/20_scores.ipynb #cc3600ce
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    "cap · tanh(x / cap): nearly x where |x| is small against cap, never beyond ± cap; x itself when cap is None. *Gemma 2*."
+    return x if cap is None else cap * torch.tanh(x / cap)
+
 # %% ../nbs/20_scores.ipynb #fcac6763
 def causal_mask(n_query: int, n_key: int | None = None, device: torch.device | None = None) -> Tensor:
     "(T, S) bool, True = may look: a query sees itself and everything before. The last query stands at the last key."
@@ -40,41 +45,57 @@ def repeat_heads(x: Tensor, n_head: int) -> Tensor:
     "Lend each of the key or value heads (B, Hkv, S, K) to H/Hkv neighbouring query heads: (B, H, S, K)."
     return x if x.shape[1] == n_head else x.repeat_interleave(n_head // x.shape[1], dim=1)
 
+# %% ../nbs/20_scores.ipynb #e7bde372
+def dropped(x: Tensor, p: float) -> Tensor:
+    "Each number set to zero with probability p, the others divided by 1 − p, so that the mean stays. *Dropout*."
+    if p == 0: return x
+    return x * torch.empty_like(x).bernoulli_(1 - p) / (1 - p)
+
 # %% ../nbs/20_scores.ipynb #8e8db2df
 def attention_weights(
     q: Tensor,                    # queries (B, H, T, K)
     k: Tensor,                    # keys (B, Hkv, S, K); H is a multiple of Hkv
     mask: Tensor | None = None,   # True = may look, or a number to add to the score; broadcast to (B, H, T, S)
     is_causal: bool = False,      # look only at the past; the last query stands at the last key
+    softcap: float | None = None, # scores are squeezed into ± this before anything is masked
 ) -> Tensor:
     "How much each query takes from each key: (B, H, T, S), rows sum to one. *Attention Is All You Need*, section 3.2.1."
-    scores = attention_scores(q, repeat_heads(k, q.shape[1]))
+    scores = soft_cap(attention_scores(q, repeat_heads(k, q.shape[1])), softcap)
     if is_causal: scores = scores.masked_fill(~causal_mask(q.shape[2], k.shape[2], q.device), -math.inf)
     if mask is not None: scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
     return softmax(scores)
 
 # %% ../nbs/20_scores.ipynb #be3062b9
 def scaled_dot_product_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     "The oracle: what the weights fetch from the values (B, Hkv, S, K), step by step; arguments as in `attention_weights`. (B, H, T, K)."
-    weights = F.dropout(attention_weights(q, k, mask, is_causal), dropout)
+    weights = dropped(attention_weights(q, k, mask, is_causal, softcap), dropout)
     return weights.to(v.dtype) @ repeat_heads(v, q.shape[1])
 
 # %% ../nbs/20_scores.ipynb #d8f87e07
+class AttentionError(SLMError, ValueError):
+    "A text that outgrows its positions or its cache, or a kernel asked for what it cannot do; the sentence says which."
+
+# %% ../nbs/20_scores.ipynb #7b976bb3
 def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
-    "`scaled_dot_product_attention` by one library kernel that never holds all the weights."
+    "`scaled_dot_product_attention` by one library kernel that never holds all the weights; it cannot cap them (`AttentionError`)."
+    if softcap is not None:
+        raise AttentionError("the fused kernel cannot cap its scores: use the kernel auto or matmul with attn_logit_softcap")
     if is_causal and q.shape[2] != k.shape[2]: mask, is_causal = causal_mask(q.shape[2], k.shape[2], q.device), False
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=q.shape[1] != k.shape[1])
 
 # %% ../nbs/20_scores.ipynb #37c8e57c
 def matmul_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
     "`scaled_dot_product_attention` with an added mask and the library's softmax: quick for short texts, memory grows with T · S."
-    scores = attention_scores(q, repeat_heads(k, q.shape[1]))
+    scores = soft_cap(attention_scores(q, repeat_heads(k, q.shape[1])), softcap)
     if is_causal: mask = causal_mask(q.shape[2], k.shape[2], q.device)
     if mask is not None and mask.dtype == torch.bool: mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -math.inf)
     weights = torch.softmax(scores if mask is None else scores + mask, -1).to(v.dtype)
@@ -82,11 +103,12 @@ def matmul_attention(
 
 # %% ../nbs/20_scores.ipynb #8533bff7
 def auto_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = False, dropout: float = 0.0,
+    softcap: float | None = None,
 ) -> Tensor:
-    "`matmul_attention` where it was measured to be faster (bfloat16 on a CPU, up to 512 keys), else `fused_attention`."
+    "`matmul_attention` where it is faster (bfloat16 on a CPU, up to 512 keys) or scores are capped, else `fused_attention`."
     short = q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= 512
-    return (matmul_attention if short else fused_attention)(q, k, v, mask, is_causal, dropout)
+    return (matmul_attention if short or softcap is not None else fused_attention)(q, k, v, mask, is_causal, dropout, softcap)
 
 # %% ../nbs/20_scores.ipynb #0bed4072
 KERNELS = Registry("attention kernel")

@@ -35,11 +35,12 @@ class TrainingError(SLMError):
 
 
 def lm_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, float]]:
-    "Next-token loss in nats summed over the targets, their number, and no further metrics: what `train` asks of every loss."
+    "Next-token loss in nats summed over the targets, their number, and (with experts) the balancing loss that it includes as a metric."
     inside = {"doc_ids": batch["doc_ids"]} if "doc_ids" in batch else {}
     hidden = model.hidden(batch["ids"], **inside)
     loss = linear_cross_entropy(hidden, model.head_weight, batch["labels"], softcap=model.config.logit_softcap)
-    return loss, int((batch["labels"] != -100).sum()), {}
+    count, balance = int((batch["labels"] != -100).sum()), model.auxiliary_loss()      # None unless experts are in training
+    return (loss, count, {}) if balance is None else (loss + count * balance, count, {"balance": count * balance.item()})
 
 # %% ../nbs/52_steps.ipynb #77981ea4
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:

@@ -96,11 +96,15 @@ class Encoder(Vocabulary):
         """Splits a text at its special tokens."""
         return special_pattern(self.special_tokens)
 
-    def encode_parts(self, text: str, allowed_special: str) -> list[int]:
-        """Ids of well-formed text; with "all", special tokens in it are recognised."""
+    def marks_in(self, allowed_special: str) -> dict[str, int]:
+        """The special tokens that count as marks: none, or all. Raises TokenizerError for another word."""
         if allowed_special not in ("none", "all"):
             raise TokenizerError(f"allowed_special is {allowed_special!r}: give 'none' (marks are plain text) or 'all'")
-        if allowed_special == "none":
+        return self.special_tokens if allowed_special == "all" else {}
+
+    def encode_parts(self, text: str, allowed_special: str) -> list[int]:
+        """Ids of well-formed text; with "all", special tokens in it are recognised."""
+        if not self.marks_in(allowed_special):
             return self.encode_plain(text)
         parts = self.special_pattern.split(text)                                    # text, mark, text, mark, …, text
         special = self.special_tokens
@@ -131,11 +135,14 @@ class Codec(Encoder):
 PART = 1 << 16   # characters that are collected before a cut is looked for
 
 def last_cut(text: str, start: int) -> int:
-    """The last place after `start` between an ASCII letter and a space or line end; 0 when there is none."""
+    """The last place after `start` where a text may be cut; 0 when there is none."""
     at = len(text)
     while (at := max(text.rfind(" ", start, at), text.rfind("\n", start, at))) > 0:
-        if text[at - 1].isascii() and text[at - 1].isalpha():
+        before, after = text[at - 1], text[at + 1:at + 2]
+        if not before.isspace() and (text[at] == " " or before.isascii() and before.isalnum()):
             return at
+        if text[at] == "\n" and after and not before.isspace() and not after.isspace():
+            return at + 1
     return 0
 
 def safe_parts(chunks: Iterable[str], size: int = PART) -> Iterator[str]:
@@ -147,7 +154,7 @@ def safe_parts(chunks: Iterable[str], size: int = PART) -> Iterator[str]:
             cut = last_cut(held, searched)
             if cut:
                 yield held[:cut]
-            held, searched = held[cut:], 0 if cut else len(held)
+            held, searched = held[cut:], 0 if cut else len(held) - 1
     if held:
         yield held
 
@@ -316,6 +323,16 @@ class CharTokenizer(Characters):
         split = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         return file_layout(self.special_tokens, model=model, pre_tokenizer=split, decoder={"type": "Fuse"},
                            normalizer=TO_ASCII if self.normalize else None)
+
+    @classmethod
+    def from_dict(cls, data: dict) -> "CharTokenizer":
+        """The tokenizer in the content of its file. Raises TokenizerError for another kind of word-level model."""
+        names = [token["content"] for token in sorted(data["added_tokens"], key=lambda token: token["id"])]
+        chars = sorted(data["model"]["vocab"], key=data["model"]["vocab"].get)[len(names):]
+        tok = cls("".join(chars), names, normalize=data["normalizer"] is not None)
+        if tok.to_dict() != data:
+            raise TokenizerError("its words are not single characters, or are cut in another way than here")
+        return tok
 
 # %% ../nbs/10_text.ipynb #2539fd71
 PASTEL = ("#cfe8ff", "#d8f5d0", "#ffe9b8", "#ffd9d9", "#e8dcff")

@@ -43,10 +43,12 @@ def here(tmp_path, monkeypatch):
 def babble(tmp_path_factory):
     """A tiny model with random weights, saved as a checkpoint."""
     from slm.config import ModelConfig
+    from slm.ground import seed_everything
     from slm.model import TransformerLM
     from slm.sample import LM
     from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer
 
+    seed_everything(0)                                                      # with some seeds the greedy answer is too short to be interrupted
     tok = BPETokenizer.train(["Mia has a red kite. " * 20], vocab_size=270, special_tokens=SPECIAL_TOKENS)
     folder = tmp_path_factory.mktemp("babble") / "model"
     LM(TransformerLM(ModelConfig(vocab_size=tok.vocab_size, context_length=4096, n_layer=1, n_head=1, d_model=16)), tok).save(folder)

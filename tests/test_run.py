@@ -2,6 +2,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,40 @@ def test_killed_in_every_stage_ends_with_the_same_bits(calm, tmp_path):
     assert weights(tmp_path) == weights(calm)
 
 
+def start_until(out: Path, begun) -> subprocess.Popen:
+    """A run that is still at work when `begun()` has become true."""
+    process = subprocess.Popen(slm_run(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
+    while process.poll() is None and not begun():
+        time.sleep(0.005)
+    assert process.poll() is None, "the run was over before it could be stopped"
+    return process
+
+
+def steps_logged(out: Path) -> int:
+    log = out / "t" / "pretrain" / "log.jsonl"
+    return log.read_text().count('"loss"') if log.exists() else 0
+
+
+def test_stopped_says_how_to_go_on_and_the_bill_holds_every_visit(calm, tmp_path):
+    """Ctrl-C (130) and SIGTERM (143) in training, SIGTERM while the report asks its models; then a kill that no handler sees."""
+    for number, step in ((signal.SIGINT, 3), (signal.SIGTERM, 7)):
+        process = start_until(tmp_path, lambda step=step: steps_logged(tmp_path) >= step)
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1].strip().splitlines()
+        assert process.returncode == 128 + number and len(said) == 1 and "run the same again to go on" in said[0], said
+        assert status(tmp_path, "pretrain") == "started" and list((tmp_path / "t" / "pretrain").glob("step-*"))
+    start_until(tmp_path, lambda: steps_logged(tmp_path) >= 10).kill()
+    time.sleep(0.2)
+    record = tmp_path / "t" / "stages" / "pretrain.json"
+    os.utime(record, (time.time() - 1000,) * 2)                             # as if the one that was killed had begun long ago
+    process = start_until(tmp_path, lambda: status(tmp_path, "report") == "started")
+    process.terminate()
+    said = process.communicate(timeout=60)[1].strip().splitlines()
+    assert process.returncode == 143 and len(said) == 1 and "the same command goes on" in said[0], said
+    assert run(tmp_path).returncode == 0 and weights(calm).items() <= weights(tmp_path).items()   # and an older checkpoint
+    assert 1000 < json.loads((tmp_path / "t" / "report.json").read_text())["seconds"]["pretrain"] < 1100
+
+
 def test_another_seed_gives_other_bits(calm, tmp_path):
     assert run(tmp_path, "--seed", "1").returncode == 0
     assert not set(weights(tmp_path).values()) & set(weights(calm).values())
@@ -140,3 +175,25 @@ def test_folder_that_cannot_be_written(tmp_path):
     blocked.write_text("a file where a folder is wanted")
     done = run(blocked)
     assert done.returncode == 2 and "Traceback" not in done.stderr and str(blocked) in done.stderr, done.stderr
+
+
+SCRIPT = """
+mount -t tmpfs -o size=1500k tmpfs "$1" && cd "$1" && shift
+"$@"; echo "code $?"
+find . -name ".*" -not -name . ; echo "that was all that is hidden"
+mount -o remount,size=64m "$PWD"
+"$@"; echo "code $?"
+"""
+
+
+def test_disk_that_fills_up_in_the_middle(tmp_path):
+    """One sentence, exit code 2, nothing half-written; with more room the same command goes on with what was finished."""
+    unshare = ["unshare", "-rm", "sh", "-c"]
+    if not shutil.which("unshare") or subprocess.run([*unshare, f"mount -t tmpfs tmpfs '{tmp_path}'"], capture_output=True).returncode:
+        pytest.skip("this machine does not let a test mount a file system")
+    words = slm_run(Path("out"))
+    done = subprocess.run([*unshare, SCRIPT, "sh", str(tmp_path), *words], capture_output=True, text=True, env=environment(), timeout=300)
+    first, hidden, second = done.stdout.partition("code 2\n")[0], done.stdout.partition("code 2\n")[2].splitlines()[0], done.stdout
+    assert "disk full" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "[3/8] pack" in first and "[8/8]" not in first and hidden == "that was all that is hidden", done.stdout
+    assert second.count("up to date") >= 3 and second.splitlines()[-1] == "code 0", done.stdout
