@@ -15,7 +15,7 @@ import numpy as np
 from .counts import count_texts
 from .fast_encode import FileEncoder, TokenBytes
 from .fast_merges import learn_merges
-from .merges import BYTE_ORDERS, TIES, WordCache, merge_long_word, merge_word, symbols_of, to_chars
+from .merges import BYTE_ORDERS, CHAR_BYTES, TIES, WordCache, from_chars, merge_long_word, merge_word, symbols_of
 from .scan import digits_of, use_numba
 from .text import SPECIAL_TOKENS, Tokenizer, TokenizerError, readable, special_pattern
 from .words import PATTERNS, compile_pattern, pattern_name
@@ -54,10 +54,10 @@ def check_vocab(tok: BPE) -> None:
     if lacking:
         raise TokenizerError(f"the vocabulary lacks {len(lacking)} of the 256 single bytes (the first is {lacking[0]}): it needs them all")
     for n, (a, b) in enumerate(tok.merges):
-        if not {a, b, a + b} <= tok.ids.keys():
+        if a not in tok.ids or b not in tok.ids or a + b not in tok.ids:
             raise TokenizerError(f"merge {n}, {readable(a)} + {readable(b)}, has a token the vocabulary lacks: do both belong together?")
-    texts, special = {to_chars(token) for token in tok.ids}, tok.special_tokens
-    clash = [name for name in special if name in texts]
+    special = tok.special_tokens
+    clash = [name for name in special if set(name) <= CHAR_BYTES.keys() and from_chars(name) in tok.ids]
     if clash or len(set(special.values())) < len(special) or len(tok.ids) + len(special) != len(tok.vocab):
         raise TokenizerError(f"two tokens of the vocabulary have the same text or id {clash or ''}: each must be different")
 

@@ -44,9 +44,11 @@ def text_blocks(tok: Tokenizer, texts: str | Path | Iterable[str | Path], size: 
     """(bytes (N,) uint8, stops (T,) int64 of the texts in them), about `size` bytes a block. Of `tok` come the special tokens, at which
     texts are cut, and the places where a long text may be cut. Raises TokenizerError for what is no text."""
     held, total = [], 0
+    split = (lambda part: tok.special_pattern.split(part)[::2]) if tok.special_tokens else (lambda part: [part])
     for part in progress(read_texts(texts, tok.parts), unit=" texts", desc="count"):
-        held += [text.encode("utf-8", "surrogateescape") for text in tok.special_pattern.split(part)[::2] if text]
-        total += len(part)
+        more = [text.encode("utf-8", "surrogateescape") for text in split(part) if text]
+        held += more
+        total += sum(map(len, more))
         if total >= size:
             yield one_block(held)
             held, total = [], 0

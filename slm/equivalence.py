@@ -147,8 +147,8 @@ def equivalence_matrix(
         expected, table[name] = torch.stack([slow_logits(model, text) for text in ids]), {}
         for path, function in paths.items():
             result = function(use_kernel(model, "auto"), ids)
-            measure = (lambda *pair: gradient_deviation(model, *pair)) if gradients else deviation
-            table[name][path] = None if result is None else measure(result, expected)
+            if result is None: table[name][path] = None
+            else: table[name][path] = gradient_deviation(model, result, expected) if gradients else deviation(result, expected)
     return table
 
 # %% ../nbs/34_equivalence.ipynb #190d8885

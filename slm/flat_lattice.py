@@ -9,8 +9,8 @@ __all__ = ['suffix_order', 'common_prefix', 'repeats', 'deal_pieces', 'add_expec
 # %% ../nbs/16b_flat_lattice.ipynb #7aa8b7ae
 import math
 import numpy as np
+from .kernels import compiled, has_numba
 from .lattice import LONGEST, Lattices
-from .scan import compiled, has_numba
 
 # %% ../nbs/16b_flat_lattice.ipynb #534b0cac
 def suffix_order(codes: np.ndarray, rest: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .config import ConfigError, ModelConfig
+from .config import ConfigError, ModelConfig, RopeScaling
 from .families import FAMILIES, Family, InteropError, family_of
 from .files import explain_os_error, flush_file, flush_folder, require_space
 from .folders import temporary_folder
@@ -24,10 +24,10 @@ from .model import TransformerLM, model_from_state
 from .tokenizer import BPETokenizer, Tokenizer
 
 # %% auto #0
-__all__ = ['GGUF_KEYS', 'GGUF_EPS', 'PRE_TOKENIZERS', 'NORMAL', 'CONTROL', 'UNUSED', 'GGUF_DTYPES', 'pair_rows', 'reorder_rows',
-           'gguf_settings', 'shortest', 'family_in', 'config_from_gguf', 'vocab_lists', 'vocab_settings',
-           'tokenizer_from_gguf', 'gguf_package', 'encode_tensor', 'write_gguf', 'check_target', 'export_gguf',
-           'read_gguf', 'import_gguf']
+__all__ = ['GGUF_KEYS', 'GGUF_EXPERTS', 'GGUF_EPS', 'PRE_TOKENIZERS', 'NORMAL', 'CONTROL', 'UNUSED', 'GGUF_DTYPES', 'pair_rows',
+           'reorder_rows', 'gguf_settings', 'shortest', 'family_in', 'rope_in', 'config_from_gguf', 'vocab_lists',
+           'vocab_settings', 'tokenizer_from_gguf', 'gguf_package', 'encode_tensor', 'write_gguf', 'check_target',
+           'export_gguf', 'read_gguf', 'import_gguf']
 
 # %% ../nbs/32d_gguf_file.ipynb #d77d0400
 def pair_rows(n_head: int, d_head: int) -> Tensor:
@@ -51,6 +51,7 @@ GGUF_KEYS = {
     "context_length": "context_length", "d_model": "embedding_length", "n_layer": "block_count", "d_ff": "feed_forward_length",
     "n_head": "attention.head_count", "n_kv_head": "attention.head_count_kv", "d_head": "attention.key_length",
 }
+GGUF_EXPERTS = {"n_expert": "expert_count", "n_expert_active": "expert_used_count"}
 GGUF_EPS = {"rmsnorm": "attention.layer_norm_rms_epsilon", "layernorm": "attention.layer_norm_epsilon"}
 
 def gguf_settings(config: ModelConfig) -> dict[str, object]:
@@ -58,7 +59,11 @@ def gguf_settings(config: ModelConfig) -> dict[str, object]:
     family, c = family_of(config), config
     if c.sliding_window is not None and c.sliding_window < c.context_length:
         raise InteropError("llama.cpp has no Llama with a sliding window: export to a Hugging Face folder, or train without sliding_window")
+    if c.rope_scaling is not None and c.rope_scaling.rope_type != "linear":
+        raise InteropError(f"{c.rope_scaling.rope_type} rotations are not written to GGUF files: export to a Hugging Face folder")
     data = {key: getattr(c, name) for name, key in GGUF_KEYS.items()} | {GGUF_EPS[c.norm]: c.norm_eps, "vocab_size": c.vocab_size}
+    if c.n_expert: data |= {key: getattr(c, name) for name, key in GGUF_EXPERTS.items()}
+    if c.rope_scaling: data |= {"rope.scaling.type": "linear", "rope.scaling.factor": c.rope_scaling.factor}
     if c.position == "rope": data |= {"rope.freq_base": c.rope_theta, "rope.dimension_count": c.d_head, "attention.value_length": c.d_head}
     return {f"{family.gguf}.{key}": value for key, value in data.items()}
 
@@ -75,11 +80,17 @@ def family_in(settings: dict[str, object]) -> Family:
     return next(f for f in FAMILIES.values() if f.gguf == named)
 
 # %% ../nbs/32d_gguf_file.ipynb #2d5c6b8b
+def rope_in(settings: dict[str, object], family: Family) -> RopeScaling | None:
+    "How a GGUF file stretches rotations. Raises `InteropError` for any way but the linear one."
+    kind, factor = (settings.get(f"{family.gguf}.rope.scaling.{key}") for key in ("type", "factor"))
+    if kind in (None, "none"): return None
+    if kind != "linear": raise InteropError(f"it stretches rotations by {kind!r}, which slm does not read")
+    return RopeScaling("linear", shortest(factor))
+
 def config_from_gguf(settings: dict[str, object], tensors: set[str]) -> ModelConfig:
     "The `ModelConfig` of a GGUF file from its settings and the names of its tensors. Raises `InteropError`."
     family = family_in(settings)
-    for part in ("rope.scaling.factor", "expert_count"):
-        if value := settings.get(f"{family.gguf}.{part}"): raise InteropError(f"it has {part} {value}, which slm does not read")
+    scaling = rope_in(settings, family)
     absent = {"n_kv_head": None, "d_head": None, "norm_eps": 1e-5}
     keys = {name: f"{family.gguf}.{key}" for name, key in GGUF_KEYS.items()}
     keys["norm_eps"] = f"{family.gguf}.{GGUF_EPS[family.needs['norm'][0]]}"
@@ -87,6 +98,7 @@ def config_from_gguf(settings: dict[str, object], tensors: set[str]) -> ModelCon
         raise InteropError(f"the setting {lacking[0]} is missing: the file is not complete")
     found = {name: shortest(settings.get(key, absent.get(name))) for name, key in keys.items()}
     found |= {name: values[0] for name, values in family.needs.items()} | {"tie_embeddings": "output.weight" not in tensors}
+    found |= {"rope_scaling": scaling} | {name: settings.get(f"{family.gguf}.{key}") for name, key in GGUF_EXPERTS.items()}
     found |= {"bias": "blk.0.attn_output.bias" in tensors, "vocab_size": len(settings["tokenizer.ggml.tokens"])}
     if f"{family.gguf}.rope.freq_base" in settings: found["rope_theta"] = shortest(settings[f"{family.gguf}.rope.freq_base"])
     try: return ModelConfig(**found)

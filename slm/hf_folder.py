@@ -56,12 +56,12 @@ def opening(token: str, index: int) -> dict:
 
 # %% ../nbs/32c_hf_folder.ipynb #17738bb3
 def tokenizer_files(tokenizer: Tokenizer, context_length: int) -> dict[str, dict]:
-    "The files of a tokenizer in a Hugging Face folder, by name, as plain data."
+    "The files of a tokenizer in a Hugging Face folder, by name, as plain data. (Single characters get no opening token.)"
     ids, names = token_roles(tokenizer), {i: name for name, i in tokenizer.special_tokens.items()}
     special = {f"{role}_token": names[i] for role, i in ids.items()}
     ends = [tokenizer.special_tokens[name] for name in ("<|endoftext|>", "<|end|>") if name in tokenizer.special_tokens]
     data, template = tokenizer.to_dict(), chat_template(tokenizer)
-    if "bos" in ids: data = data | {"post_processor": opening(special["bos_token"], ids["bos"])}
+    if "bos" in ids and data["model"]["type"] == "BPE": data = data | {"post_processor": opening(special["bos_token"], ids["bos"])}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length, "clean_up_tokenization_spaces": False}
     return {"tokenizer.json": data, "special_tokens_map.json": special,
             "tokenizer_config.json": settings | special | ({"chat_template": template} if template else {}),

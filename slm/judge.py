@@ -55,7 +55,8 @@ def keeps_hero(text: str, name: str, kind: str) -> bool:
     "Is `name` the `kind` the hero from the first sentence to the last?"
     told = sentences(text)
     at_start = names_in(text)[:1] == [name] and re.search(rf"\b{kind}\b", told[0])
-    return bool(at_start) and name in " ".join(told[-2:]) and not strangers(text, name)
+    at_end = re.search(rf"\b{name}\b|\bthe {kind}\b", " ".join(told[-2:]), re.IGNORECASE)
+    return bool(at_start and at_end) and not strangers(text, name)
 
 # %% ../nbs/40g_judge.ipynb #b1d0cdab
 def colors_of(text: str, obj: str) -> set[str]:
@@ -127,7 +128,8 @@ def judge_write(need: dict[str, str], answer: str) -> dict[str, bool]:
 def judge_continue(beginning: str, answer: str) -> dict[str, bool]:
     "Criteria for the rest of a story whose beginning was given."
     rest, name = answer.strip(), (names_in(beginning) or [""])[0]
-    return {"hero": name in names_in(rest), "complete": ending_of(rest) is not None,
+    kind = next((word for word in re.findall(r"\w+", beginning) if word in WORDS["kind"]), name)
+    return {"hero": bool(re.search(rf"\b({name}|[Tt]he {kind})\b", rest)), "complete": ending_of(rest) is not None,
             "no_repeat": bool(rest) and no_repeat(f"{beginning} {rest}"),
             "possible": any(possible(beginning + gap + rest) for gap in (" ", "\n\n"))}
 
@@ -214,7 +216,10 @@ def judge_score(results: Sequence[dict[str, bool]]) -> dict:
 
 # %% ../nbs/40g_judge.ipynb #be7b72b0
 def fault_hero(told: Story, dice: Dice) -> str:
-    "From the middle on, the hero has another name."
+    "From the start, the hero is another animal; or from the middle on, has another name."
+    if dice.choose((True, False)):
+        other = dice.choose([kind for kind in WORDS["kind"] if kind not in told.text])
+        return re.sub(rf"\b{told.facts['kind']}\b", other, told.text)
     other = dice.choose([name for name in WORDS["name"] if name not in told.text])
     start = told.text.index("\n\n")
     cut = start + (len(told.text) - start) // 3

@@ -15,7 +15,8 @@ from .families import Family, InteropError, family_of, module_rows
 from .model import TransformerLM
 
 # %% auto #0
-__all__ = ['held_as', 'shapes_of', 'tensor_rows', 'lies_transposed', 'to_theirs', 'with_prefix', 'check_tied', 'to_ours']
+__all__ = ['held_as', 'shapes_of', 'tensor_rows', 'lies_transposed', 'is_stacked', 'to_theirs', 'with_prefix', 'check_tied',
+           'to_ours']
 
 # %% ../nbs/32b_layouts.ipynb #7f12d142
 def held_as(config: ModelConfig) -> ModelConfig:
@@ -31,8 +32,10 @@ def shapes_of(config: ModelConfig) -> dict[str, torch.Size]:
 def tensor_rows(config: ModelConfig, column: str) -> list[tuple[tuple[str, ...], str]]:
     "Our tensors and theirs, in the layout `column` (hf or gguf), for a model of this shape."
     family, want = family_of(config), shapes_of(held_as(config))
-    rows = [(ours, hf if column == "hf" else gguf) for ours, hf, gguf in module_rows(family.names, config.n_layer)]
-    pairs = [(tuple(f"{name}.{kind}" for name in ours), f"{theirs}.{kind}") for ours, theirs in rows for kind in ("weight", "bias")]
+    rows = {}
+    for ours, hf, gguf in module_rows(family.names, config.n_layer, config.n_expert):
+        rows.setdefault(hf if column == "hf" else gguf, []).extend(ours)      # a GGUF file has all experts of a layer in one tensor
+    pairs = [(tuple(f"{name}.{kind}" for name in ours), f"{theirs}.{kind}") for theirs, ours in rows.items() for kind in ("weight", "bias")]
     return [(ours, theirs) for ours, theirs in pairs if ours[0] in want]
 
 # %% ../nbs/32b_layouts.ipynb #7ce307a9
@@ -41,6 +44,10 @@ def lies_transposed(family: Family, column: str, name: str, t: Tensor) -> bool:
     return family.transposed and column == "hf" and t.dim() == 2 and ".h." in name
 
 # %% ../nbs/32b_layouts.ipynb #5db79e98
+def is_stacked(name: str) -> bool:
+    "Whether a tensor holds matrices of several experts on top of each other, (experts, rows, columns)."
+    return "_exps." in name
+
 def to_theirs(tensors: dict[str, Tensor], config: ModelConfig, column: str = "hf") -> dict[str, Tensor]:
     "Our tensors under the names and in the layout of their family. Raises `InteropError` for quantised weights and adapters."
     family, want, out = family_of(config), shapes_of(held_as(config)), {}
@@ -49,6 +56,7 @@ def to_theirs(tensors: dict[str, Tensor], config: ModelConfig, column: str = "hf
     have = {name: torch.zeros(shape) for name, shape in want.items() if name.endswith("bias") and not config.bias} | tensors
     for ours, theirs in tensor_rows(config, column):
         t = torch.cat([have[name].detach() for name in ours]) if len(ours) > 1 else have[ours[0]].detach()
+        t = t.unflatten(0, (len(ours), -1)) if is_stacked(theirs) else t
         out[theirs] = t.T if lies_transposed(family, column, theirs, t) else t
     return out
 
@@ -73,7 +81,8 @@ def to_ours(theirs: dict[str, Tensor], config: ModelConfig, column: str = "hf") 
     theirs = with_prefix(theirs, config) if column == "hf" else theirs
     for ours, name in tensor_rows(config, column):
         if name not in theirs: raise InteropError(f"tensor {name} is missing: the file is not complete, or its settings are not its own")
-        t = theirs[name].T if lies_transposed(family, column, name, theirs[name]) else theirs[name]
+        t = theirs[name].flatten(0, 1) if is_stacked(name) else theirs[name]
+        t = t.T if lies_transposed(family, column, name, t) else t
         rows = [want[part][0] for part in ours]
         if t.shape != (sum(rows), *want[ours[0]][1:]):
             raise InteropError(f"tensor {name} has shape {tuple(theirs[name].shape)}, which does not fit the settings of the model")

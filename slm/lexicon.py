@@ -65,7 +65,7 @@ WORDS["texture"] = words("smooth rough round flat bent cracked sticky sparkling 
 WORDS["place"] = words("""market mill pond river bridge meadow farm barn school library bakery harbor beach orchard station park castle
     lighthouse village_square playground lake fountain post_office toy_shop museum stables ferry crossroads theater inn
     vineyard town_hall""")
-WORDS["near"] = words("near behind beside beyond opposite")
+WORDS["near"] = words("near behind beside beyond opposite above below outside")
 WORDS["air"] = words("quiet busy old sunny windy empty crowded little shady muddy famous cozy peaceful noisy pretty ancient")
 WORDS["weather"] = words("""sunny rainy windy foggy snowy cloudy warm cold bright stormy misty frosty mild gray hot chilly quiet
     lovely gloomy perfect""")

@@ -28,7 +28,8 @@ from .tokenizer import BPETokenizer, load_tokenizer
 # %% auto #0
 __all__ = ['SFT_TASKS', 'CONTINUE', 'MAX_ANSWER', 'JUDGE_TEMPERATURE', 'MAKERS', 'make_corpus', 'train_tokenizer',
            'save_tokenizer', 'make_tokenizer', 'run_tokenizer', 'make_pack', 'val_docs', 'floor', 'train_hooks',
-           'make_pretrain', 'continuations', 'chats', 'make_sft', 'ranked_pairs', 'run_pairs', 'make_dpo', 'make_int8']
+           'pretrain_rows', 'make_pretrain', 'continuations', 'chats', 'make_sft', 'ranked_pairs', 'run_pairs',
+           'make_dpo', 'make_int8']
 
 # %% ../nbs/97c_makers.ipynb #84b6ae69
 def make_corpus(run: Run) -> str:
@@ -88,20 +89,27 @@ def train_hooks(run: Run) -> dict[str, Callable]:
     writes = lambda model: LM(model, tok).generate("Once upon a time", max_new_tokens=60, temperature=0.8, seed=run.config.seed)
     return {"evaluate": lambda model: bits_per_byte(model, ids, n_bytes), "sample": writes}
 
+# %% ../nbs/97c_makers.ipynb #adbbfb14
+def pretrain_rows(run: Run, step: int) -> tuple[int, int]:
+    "(rows, tokens in a row) of one pretraining step: short rows first, in the last tenth of the steps as long as the model's context."
+    c = run.config.pretrain
+    longer = max(1, run.config.model.context_length // c.context_length) if step >= 0.9 * c.steps else 1
+    return max(1, c.batch_size // longer), c.context_length * longer
+
 # %% ../nbs/97c_makers.ipynb #a629895a
 def make_pretrain(run: Run) -> str:
     "pack → pretrain/step-XXXXXXXX"
     pack, c = Pack(run.path("pack")), run.config.pretrain
     seed_everything(run.config.seed)
     model = copier_init(TransformerLM(run.config.model))
-    batch_at = lambda step: pack.batch("train", c.seed, step, c.batch_size, c.context_length)
+    batch_at = lambda step: pack.batch("train", c.seed, step, *pretrain_rows(run, step))
     parents, files = {"pack": run.record("pack")["output"]}, {"tokenizer.json": run.path("tokenizer") / "tokenizer.json"}
     done = train(model, batch_at, lm_loss, c, run.path("pretrain"), parents=parents, files=files, title="pretrain", quiet=run.quiet,
                  **train_hooks(run))
     return f"{model.num_parameters():,} parameters, {done['tokens']:,} tokens, {done['tokens_per_second']:,.0f} tokens/s"
 
 # %% ../nbs/97c_makers.ipynb #c10b26a9
-SFT_TASKS = {"write": 6, "question": 1, "name": 1, "continue": 1, "rewrite": 1, "then_question": 1}  # shares of the tasks
+SFT_TASKS = {"write": 9, "question": 2, "name": 1, "continue": 1, "rewrite": 1, "then_question": 1}  # shares of the tasks
 CONTINUE = "Continue this text: "
 
 def continuations(run: Run, n: int) -> list[dict]:

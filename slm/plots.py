@@ -30,7 +30,7 @@ SIDES = (
 )
 
 # %% ../nbs/40c_plots.ipynb #78729ef7
-def side(t: Teller, nothing: int = 3) -> bool:
+def side(t: Teller, nothing: int = 2) -> bool:
     "The command `:side`: perhaps a remark; `nothing` is the weight of saying nothing, each open remark has weight 1."
     t.mem["who"] = t.mem["N"] if "N2" in t.mem else t.mem["He"]
     told = t.mem.setdefault("sides", set())
@@ -54,7 +54,7 @@ COMMANDS |= {"side": side, "sights": sights}
 # %% ../nbs/40c_plots.ipynb #0c469307
 GRIEF = """
     [N] was <sad> and sat <spot!>.
-    / [N] {felt|looked|was} <very> <sad>.
+    / The [kind] {felt|looked|was} <very> <sad>.
     / [N] was <sad!> and <sad!>.
     / [N]'s heart was as heavy as <heavy>.
     / [N] {cried|sighed|sobbed|shivered} and felt <sad>.
@@ -65,7 +65,7 @@ GRIEF = """
     /
 """
 script("grief", GRIEF)
-script("grief2", GRIEF.replace("[N]", "[N2]"))
+script("grief2", GRIEF.replace("[N]", "[N2]").replace("[kind]", "[kind2]"))
 MEETING = script("meet", """
     <soon>, @2 came by with some <food!> and some <food!>.
     / {Nearby|Not far away|Close by}, @2 was <doing!> and {looked|glanced} up.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from .artifacts import atomic_dir
 from .dpo import diagnose, plot_dpo
 from .files import atomic_file, read_json, write_json
 from .ground import describe_machine
-from .judge import judge, judge_score
+from .judge import judge, judge_score, met
 from .makers import JUDGE_TEMPERATURE, MAX_ANSWER, floor, val_docs
 from .pipeline import output
 from .pretrain import bits_per_byte, read_log
@@ -25,7 +26,7 @@ from .tasks import eval_prompts
 
 # %% auto #0
 __all__ = ['MODELS', 'REPORT', 'plot_loss', 'plot_judge', 'score_text', 'plot_time', 'quote', 'report_parts', 'report_text',
-           'judged', 'bits_of', 'samples_of', 'collect', 'make_report']
+           'judged', 'judge_gain', 'bits_of', 'samples_of', 'collect', 'make_report']
 
 # %% ../nbs/97d_report.ipynb #f1e1ed7f
 def plot_loss(curve: list[dict], bits: dict) -> Figure:
@@ -104,6 +105,8 @@ answers in which nothing at all is wrong.
 | --- | --- | --- |
 {scores}
 
+On the same prompts: {gains}.
+
 ![judge](report/judge.png)
 
 Preference training, diagnosed:
@@ -139,9 +142,10 @@ def report_parts(r: dict) -> dict[str, str]:
     b = r["bits_per_byte"]
     known = f"the floor is {b['floor']:.3f}, so {b['val'] - b['floor']:.3f} above it" if b["floor"] is not None else None
     scores = [f"| {name} | {score_text(s)} | {100 * s['perfect']['mean']:.0f} % |" for name, s in r["judge"].items()]
+    gains = [f"{step} {100 * g['mean']:+.1f} % ({100 * g['low']:+.1f} to {100 * g['high']:+.1f})" for step, g in r["judge_gain"].items()]
     asked = [f"**{a['prompt']}**\n\n{_samples({name: a[name] for name in MODELS})}" for a in r["samples"]["asked"]]
     return {
-        "known": known or "the floor of this text is not known", "scores": "\n".join(scores), "asked": "\n\n".join(asked),
+        "known": known or "the floor of this text is not known", "scores": "\n".join(scores), "gains": ", ".join(gains), "asked": "\n\n".join(asked),
         "rows": "\n".join(f"| {name} | {s:.1f} |" for name, s in r["seconds"].items()), "story": _samples(r["samples"]["story"]),
         "diagnosis": "\n".join(f"- {line}" for line in r["diagnosis"]["dpo"]),
     }
@@ -168,6 +172,13 @@ def judged(run: Run, name: str) -> dict:
     write_json(kept, found)
     return found
 
+# %% ../nbs/97d_report.ipynb #099eae11
+def judge_gain(before: list[dict[str, bool]], after: list[dict[str, bool]]) -> dict[str, float]:
+    "Mean difference of the share of criteria met, answer by answer on the same prompts: `mean`, and `low` to `high` (95 %)."
+    steps = [met(new) - met(old) for old, new in zip(before, after, strict=True)]
+    mean, half = statistics.fmean(steps), 1.959964 * statistics.stdev(steps) / math.sqrt(len(steps))
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
 # %% ../nbs/97d_report.ipynb #7e219532
 def bits_of(run: Run) -> dict[str, float | None]:
     "Bits per byte on held-out documents: the floor, the pretrained model in float32 and in INT8, and the models trained from it."
@@ -191,12 +202,14 @@ def samples_of(run: Run) -> dict:
 def collect(run: Run) -> dict:
     "Everything the report says, as plain data: this becomes report.json."
     log, base, final = read_log(run.path("pretrain")), load(output(run, "pretrain")), load(run.path("int8"))
+    verdicts = {name: judged(run, stage)["verdicts"] for name, stage in MODELS.items()}
     return {
         "name": run.dir.name, "corpus": Path(run.corpus).name, "minutes": run.config.minutes,
         "bits_per_byte": bits_of(run),
         "judge": {name: judged(run, stage)["score"] for name, stage in MODELS.items()},
+        "judge_gain": {f"{a} to {b}": judge_gain(verdicts[a], verdicts[b]) for a, b in (("base", "sft"), ("sft", "dpo"))},
         "seconds": {name: run.record(name).get("seconds", 0.0) for name in STAGES if name != "report"},
-        "tokens_per_second": next(row["tokens_per_second"] for row in reversed(log) if "tokens_per_second" in row),
+        "tokens_per_second": statistics.median(row["tokens_per_second"] for row in log if "tokens_per_second" in row),
         "parameters": base.model.num_parameters(),
         "size_bytes": {"fp32": size_bytes(base.model), "int8": size_bytes(final.model)},
         "samples": samples_of(run),

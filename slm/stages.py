@@ -33,7 +33,7 @@ class RunConfig:
     corpus_bytes: int = 10_000_000  # text to write or to read, at most
     val_docs: int = 400             # held-out documents that bits per byte is measured on
     sft_chats: int = 6_000          # conversations for fine-tuning
-    dpo_prompts: int = 240          # prompts answered by the SFT model and ranked by the judge
+    dpo_prompts: int = 320          # prompts answered by the SFT model and ranked by the judge
     dpo_samples: int = 3            # answers to each of them
     dpo_beta: float = 0.1           # strength of the pull towards the reference
     judge_prompts: int = 240        # held-out prompts that the judge scores every model on
@@ -50,7 +50,7 @@ RUN_PRESETS: dict[str, RunConfig] = {
         model=PRESETS["story"],
         pretrain=_training(800, 8, 256, eval_every=50, sample_every=200),
         sft=_training(560, 4, 512),
-        dpo=_training(40, 16, 512, lr=1e-3, muon_lr=2e-3)),
+        dpo=_training(30, 16, 512, lr=3e-4, muon_lr=6e-4)),
     "tiny": RunConfig(
         model=PRESETS["tiny"],
         pretrain=_training(200, 8, 256, eval_every=20, sample_every=50),
@@ -122,7 +122,7 @@ class Stage:
 # %% ../nbs/97a_stages.ipynb #fe8926a7
 def _pretrain_settings(run: Run) -> list:  # with the seed where the text does not carry it, unless it is the usual one
     seed = [] if run.story or not run.config.seed else [run.config.seed]
-    return [to_dict(run.config.model), to_dict(run.config.pretrain), *seed]
+    return [to_dict(run.config.model), to_dict(run.config.pretrain), "long rows last", *seed]
 
 STAGES: dict[str, Stage] = {s.name: s for s in (
     Stage("corpus", (), lambda run: [run_source(run).fingerprint(), run.config.corpus_bytes, run.config.val_docs]),

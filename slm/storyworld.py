@@ -25,7 +25,8 @@ OPENING = script("opening", """
     / This is the story of <N=name!>, <a:trait=trait> <kind=kind!> who <loved> <hobby!>.
     / Far away, <near> the <place!>, <a:trait=trait> <kind=kind!> {named|called} <N=name!> had <a:size> <color> house.
     [He] <loved> <hobby!> and <hobby!>.
-    / [He] was {known|famous} for <hobby!>.
+    / The [kind] <loved> <hobby!> and <hobby!>.
+    / The [kind] was {known|famous} for <hobby!>.
     / [He] lived with [his] <kin!> and <number> <color> {cats|birds|fish|bees}.
     /
     /
@@ -64,7 +65,7 @@ ENDINGS = {name: Ending(name, SCRIPTS[name][0].texts) for name, _ in (
     ("happy", script("happy", """
         [N] went home <glad!> and <glad!>.
         / [N] {ate|had|cooked|shared} some <food!> and some <food!> and felt <glad>.
-        / That {night|evening}, [N] was as <glad> as <a:light>.
+        / That {night|evening}, the [kind] was as <glad> as <a:light>.
         / [N] {danced|sang|laughed|played|celebrated} {with [N2]|with all [his] friends|<way>} until <finish>.
         / It was the {happiest|best|nicest} day that [N] had had in <number> {months|years}.
     """)),
@@ -72,7 +73,7 @@ ENDINGS = {name: Ending(name, SCRIPTS[name][0].texts) for name, _ in (
         [N] went home <sad!> and <sad!>.
         / That {night|evening}, [N] {cried|lay awake} until <finish>.
         / It was the {saddest|worst|hardest} day that [N] had had in <number> {months|years}.
-        / [N] {was <sad>|cried|wept} for <number> days.
+        / The [kind] {was <sad>|cried|wept} for <number> days.
     """)),
     ("promise", script("promise", """
         "I promise to VOW," <said> [N]{ <tone>|}, and [he] {kept {that|the} promise|always did}.
@@ -81,7 +82,7 @@ ENDINGS = {name: Ending(name, SCRIPTS[name][0].texts) for name, _ in (
     """)),
     ("lesson", script("lesson", """
         [N] {learned|understood} {that day|that evening|at last} that MORAL.
-        / Now [N] {knew|understood|believed} that MORAL.
+        / Now the [kind] {knew|understood|believed} that MORAL.
         / And so [N] the [trait] [kind] learned a lesson: MORAL.
     """)),
 )}

@@ -67,7 +67,8 @@ def check_foreign(data: dict) -> None:
     flags = ("lstrip", "rstrip", "single_word")
     strange += [f"{flag} of {token['content']}" for token in data["added_tokens"] for flag in flags if token[flag]]
     if strange:
-        raise TokenizerError(f"this tokenizer uses {', '.join(strange[:3])}, which is not known here: open it with HFTokenizer of slm.subwords")
+        raise TokenizerError(f"this tokenizer uses {', '.join(strange[:3])}, which is not known here: "
+                             "open it with HFTokenizer of slm.subwords")
 
 # %% ../nbs/15_tokenizer.ipynb #3b7c47d2
 def bpe_parts(data: dict) -> dict:
@@ -170,7 +171,7 @@ class BPETokenizer(BPETokenizer):
         """Ranks {bytes: id} for tiktoken. Raises TokenizerError when ids do not follow the order in which merges were learned."""
         ranks = {token: i for i, token in self.vocab.items() if i not in self.special_tokens.values()}
         if merges_of_ranks(ranks) != self.merges:
-            raise TokenizerError("this tokenizer's ids are not in the order of its merges, which ranks need: train it anew, or use its file")
+            raise TokenizerError("this tokenizer's ids are not in the order of its merges, as ranks need: use its tokenizer.json instead")
         return ranks
 
 # %% ../nbs/15_tokenizer.ipynb #45997653

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BYTE_NAMES', 'GRAIN', 'alphabet', 'training_words', 'check_scores', 'Unigram', 'Sampled', 'unigram_layout',
-           'learn_scores', 'check_sizes', 'TrainedUnigram', 'UnigramTokenizer']
+           'learn_scores', 'check_sizes', 'pick_lattices', 'TrainedUnigram', 'UnigramTokenizer']
 
 # %% ../nbs/16c_unigram.ipynb #560e659c
 import math, re
@@ -15,11 +15,12 @@ from typing import Callable, Iterable
 import numpy as np
 from .counts import count_texts
 from .flat_lattice import FlatLattices
+from .kernels import LONG, use_numba
 from .lattice import CUT, Lattices, arcs, sample_path, train_pieces, viterbi
 from .merges import WordCache
-from .scan import has_numba
 from .text import SPECIAL_TOKENS, Tokenizer, TokenizerError, file_layout, special_pattern
-from .words import PATTERNS, compile_pattern
+from .tokenizer import TOKENIZERS
+from .words import PATTERNS, compile_pattern, pattern_name
 
 # %% ../nbs/16c_unigram.ipynb #dcfe820c
 BYTE_NAMES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -71,7 +72,8 @@ class Unigram(Tokenizer):
         self.special_tokens, self.byte_id = {name: i for i, name in enumerate(names)}, len(names)
         tokens = [name.encode() for name in names], [bytes([byte]) for byte in range(256)], [piece.encode() for piece in scores]
         self.vocab, self.ids = dict(enumerate(chain(*tokens))), {piece: i for i, piece in enumerate(scores, len(names) + 256)}
-        self.split, self.can_cut, self.pattern = compile_pattern(pattern), pattern in PATTERNS, pattern
+        self.split, self.pattern = compile_pattern(pattern), pattern_name(pattern)
+        self.can_cut = self.pattern in PATTERNS
         self.longest, chars = max(map(len, scores), default=1), "".join(piece for piece in scores if len(piece) == 1)
         self.known, self.words = re.compile(f"([{re.escape(chars)}]+)" if chars else "((?!))"), WordCache(self.encode_word)
 
@@ -138,6 +140,12 @@ def check_sizes(vocab_size: int, blank: Unigram, coverage: float) -> None:
     if not isinstance(coverage, (int, float)) or not 0 < coverage <= 1:
         raise TokenizerError(f"coverage is {coverage!r}: give the share of all characters that get a piece, such as 0.9995")
 
+# %% ../nbs/16c_unigram.ipynb #4d932d91
+def pick_lattices(words: dict, speed: str) -> type:
+    """The class for the lattices of `words`: the readable one for "python", arrays for "numba", and by size for "auto"."""
+    large = sum(map(len, words)) > 1 << 14
+    return FlatLattices if speed == "numba" or (speed == "auto" and use_numba(None, LONG if large else 0)) else Lattices
+
 # %% ../nbs/16c_unigram.ipynb #261c0ac2
 class TrainedUnigram(Unigram):
     """Unigram that is learned from text."""
@@ -152,15 +160,16 @@ class TrainedUnigram(Unigram):
         check_sizes(vocab_size, blank, coverage)
         words, _ = count_texts(blank, texts, pattern, speed)
         counts = {word.decode("utf-8", "surrogateescape"): n for word, n in words.to_dict().items()}
-        lattices = Lattices if speed == "python" or not has_numba() else FlatLattices
         chars = alphabet(counts, coverage, special_tokens)
-        tok = cls(learn_scores(counts, vocab_size - blank.vocab_size, chars, lattices), special_tokens, pattern)
+        scores = learn_scores(counts, vocab_size - blank.vocab_size, chars, pick_lattices(counts, speed))
+        tok = cls(scores, special_tokens, pattern)
         if strict and tok.vocab_size < vocab_size:
             raise TokenizerError(f"vocab_size is {vocab_size}, but this text can give only {tok.vocab_size} tokens: "
                                  "ask for fewer, give more text, or pass strict=False")
         return tok
 
 # %% ../nbs/16c_unigram.ipynb #0f553855
+@TOKENIZERS.register("unigram")
 class UnigramTokenizer(TrainedUnigram):
     """The unigram tokenizer: learned from text, made from pieces, or read from its file."""
 
@@ -172,7 +181,7 @@ class UnigramTokenizer(TrainedUnigram):
         pattern = next((name for name, known in PATTERNS.items() if known == regex), regex)
         tok = cls(dict(data["model"]["vocab"][len(names) + 256:]), names, pattern)
         if tok.to_dict() != data:
-            raise TokenizerError("its words, bytes or special tokens are not set as here: use HFTokenizer.from_file of slm.subwords")
+            raise TokenizerError("its words, bytes or special tokens are not set as here: open it with HFTokenizer of slm.subwords")
         return tok
 
     def sampled(self, alpha: float, generator: np.random.Generator) -> Tokenizer:

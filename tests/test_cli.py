@@ -48,7 +48,7 @@ def babble(tmp_path_factory):
     from slm.sample import LM
     from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer
 
-    seed_everything(0)                                                      # with some seeds the greedy answer is too short to be interrupted
+    seed_everything(0)    # with some seeds the greedy answer is too short to be interrupted
     tok = BPETokenizer.train(["Mia has a red kite. " * 20], vocab_size=270, special_tokens=SPECIAL_TOKENS)
     folder = tmp_path_factory.mktemp("babble") / "model"
     LM(TransformerLM(ModelConfig(vocab_size=tok.vocab_size, context_length=4096, n_layer=1, n_head=1, d_model=16)), tok).save(folder)
@@ -273,6 +273,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(babble):
         time.sleep(0.3)
         os.write(terminal, b"\x03")
         read_until(terminal, "…\r\n> ")
+        time.sleep(0.5)                                       # the prompt is shown a moment before anybody listens
         os.write(terminal, b"\x03")
         read_until(terminal, "/quit leaves")
         os.write(terminal, b"/seed 7\n")

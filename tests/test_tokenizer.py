@@ -16,11 +16,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from slm.array_merges import numpy_merges
+from slm.bpe import FastBPE
 from slm.config import SLMError
+from slm.counts import SPEEDS, Words, count_texts, text_blocks
+from slm.fast_merges import learn_merges, numba_merges
 from slm.merges import PATTERNS, compile_pattern, from_chars, merge_long_word, merge_word, symbols_of, to_chars, train_merges, train_slowly
+from slm.scan import has_numba
 from slm.storyworld import stories
 from slm.text import STORY, safe_parts
-from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer, CharTokenizer, TokenizerError, load_tokenizer, render_chat, show_tokens
+from slm.tokenizer import (
+    SPECIAL_TOKENS,
+    TOKENIZERS,
+    BPETokenizer,
+    CharTokenizer,
+    TokenizerError,
+    load_tokenizer,
+    merges_of_ranks,
+    render_chat,
+    show_tokens,
+    tokenizer_class,
+)
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 OWN = r"\p{L}{1,4}|\p{N}|\s+"
@@ -92,6 +108,120 @@ def test_definition_index_and_library_learn_the_same(words, min_frequency):
     assert [tuple(pair) for pair in model["merges"]] == [(to_chars(symbols[a]), to_chars(symbols[b])) for a, b in merges]
 
 
+# -------------------------------------------------------------------------------------------- three ways to the same merges
+needs_numba = pytest.mark.skipif(not has_numba(), reason="numba is an extra")
+WAYS = ["python", "numpy", pytest.param("numba", marks=needs_numba)]
+
+
+@pytest.mark.parametrize("speed", WAYS)
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4", "llama3", OWN])
+def test_every_way_learns_the_same_from_stories(speed, pattern):
+    texts = [*world_texts(150), "日本語🙂 " * 40, "a" * 3000, "\ud83d\x00", "  \n\n  x" * 50]
+    for rule in {}, {"ties": "greatest"}, {"byte_order": "raw"}, {"ties": "greatest", "byte_order": "raw", "min_frequency": 3}:
+        wanted = BPETokenizer.train(texts, 700, pattern=pattern, strict=False, speed="python", **rule)
+        tok = BPETokenizer.train(texts, 700, pattern=pattern, strict=False, speed=speed, **rule)
+        assert tok.hash == wanted.hash and len(tok.merges) > 100
+
+
+@needs_numba
+@often(150)
+@given(st.dictionaries(st.text("ab", min_size=1, max_size=16) | st.text("abc", min_size=1, max_size=9), st.integers(1, 3), max_size=10),
+       st.sampled_from(["smallest", "greatest"]), st.sampled_from(["gpt2", "raw"]), st.integers(0, 3))
+def test_every_way_learns_the_definition(words, ties, byte_order, least):
+    counted = {word.encode(): n for word, n in words.items()}
+    wanted = train_slowly(counted, 60, least, ties, byte_order)
+    assert train_merges(counted, 60, least, ties, byte_order) == wanted
+    for learn in numpy_merges, numba_merges:
+        assert learn(Words.from_dict(counted), 60, least, ties, byte_order) == wanted
+    symbols = symbols_of(wanted, byte_order)
+    assert len(set(symbols)) == len(symbols)
+
+
+@needs_numba
+@pytest.mark.parametrize("text", ["a" * 1_000_000, "ab" * 500_000, " " * 300_000, "日" * 200_000, "sun " * 200_000])
+def test_words_of_a_megabyte_are_learned_alike(text):
+    numba, numpy = (BPETokenizer.train(text, 275, strict=False, speed=speed) for speed in ("numba", "numpy"))
+    assert numba.merges == numpy.merges
+
+
+def test_raw_bytes_and_smallest_numbers_are_the_rule_of_rustbpe():
+    rustbpe = pytest.importorskip("rustbpe")
+    theirs = rustbpe.Tokenizer()
+    theirs.train_from_iterator(iter(world_texts()), 900, pattern=PATTERNS["gpt4"])
+    tok = BPETokenizer.train(world_texts(), 900, special_tokens=[], pattern="gpt4", byte_order="raw")
+    assert {bytes(token): i for token, i in theirs.get_mergeable_ranks()} == tok.to_ranks()
+
+
+def spelled(n: int) -> str:
+    return "" if n == 0 else "bdfgklmnprst"[n % 12] + "aeiou"[n // 12 % 5] + spelled(n // 60)
+
+
+@pytest.mark.parametrize("speed", WAYS)
+@pytest.mark.parametrize("rule, small, large", [
+    ({}, "03aa81cec0bca636", "d2d59d51224a0f14"), ({"pattern": "gpt4"}, "b5a259abbf88ff50", "6d083cac3fc0dab3"),
+    ({"special_tokens": ["<|endoftext|>"]}, "08901e07c19137e0", "5339f16ffd99846d")])
+def test_files_are_the_same_for_ever(speed, rule, small, large):
+    """A tokenizer belongs to its model: what was trained with an earlier version must come out byte for byte."""
+    text = "".join(" " + spelled(1 + i * i * 7919 % 20011) for i in range(30_000))
+    assert BPETokenizer.train(STORY, 460, speed=speed, **rule).hash.startswith(small)
+    assert BPETokenizer.train([STORY, text], 2560, speed=speed, **rule).hash.startswith(large)
+
+
+@pytest.mark.parametrize("size", [1, 7, 100, 4000])
+@pytest.mark.parametrize("speed", WAYS)
+def test_block_size_changes_nothing(size, speed, tmp_path, monkeypatch):
+    tok, file = trained(), tmp_path / "t.txt"
+    file.write_bytes("<|end|>".join(world_texts(40)).encode() + "日本。\n語。\n".encode() * 99 + b"\xff\r\n \xe6")
+    wanted = count_texts(tok, file, "gpt2", "python")[0].to_dict()
+    monkeypatch.setattr("slm.text.safe_parts", lambda chunks: safe_parts(chunks, size))
+    monkeypatch.setattr("slm.counts.text_blocks", lambda tok, texts: text_blocks(tok, texts, size))
+    assert count_texts(tok, file, "gpt2", speed)[0].to_dict() == wanted
+
+
+@pytest.mark.parametrize("line", ["The sun was up and the sea was still. ", "日本語。\n", "1 2 3 ", "x, y; "])
+def test_a_large_file_is_read_in_small_blocks(line, tmp_path):
+    (tmp_path / "large.txt").write_text(line * (8_000_000 // len(line.encode())), encoding="utf-8")
+    assert max(len(data) for data, _ in text_blocks(trained(), tmp_path / "large.txt")) < 3_500_000
+
+
+def test_without_numba_everything_works_and_says_so():
+    code = f"""
+import sys
+sys.modules["numba"] = None
+from slm.tokenizer import BPETokenizer, TokenizerError
+text = "the sun and the sea " * 60_000
+for speed in {[*SPEEDS, "fast"]}:
+    try:
+        print(speed, len(BPETokenizer.train(text, 262 + 5, speed=speed).encode(text)))
+    except TokenizerError as error:
+        print(speed, error)
+"""
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    said = dict(line.split(" ", 1) for line in lines)
+    assert int(said["auto"]) == int(said["python"]) == int(said["numpy"]) > 100_000
+    assert 'run pip install "slm[fast]"' in said["numba"] and "choose one of auto, python, numpy, numba" in said["fast"]
+
+
+def test_importing_and_small_texts_do_not_load_numba():
+    code = """
+import sys, slm
+from slm.tokenizer import BPETokenizer
+from slm.text import STORY
+BPETokenizer.train(STORY, 400).encode(STORY)
+print("numba" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_wrong_words_for_rules_are_one_sentence():
+    for rule, words in {"ties": "unknown tie rule 'x': choose one of smallest, greatest", "byte_order": "unknown byte order 'x'",
+                        "speed": "unknown speed 'x'"}.items():
+        with pytest.raises(SLMError, match=words):
+            BPETokenizer.train(STORY, 300, **{rule: "x"})
+    with pytest.raises(TokenizerError, match="choose python, numpy or numba"):
+        learn_merges(Words.from_dict({}), 5, speed="auto")
+
+
 def test_training_does_not_depend_on_order_form_or_hash_seed(tmp_path):
     texts, file = world_texts(60), tmp_path / "all.txt"
     file.write_text("<|endoftext|>".join(texts), encoding="utf-8")
@@ -110,6 +240,16 @@ def test_special_tokens_are_never_learned_or_split():
     assert not any(b"<" in token or b"|" in token for i, token in tok.vocab.items() if i >= 262)
     assert tok.encode(text, "all").count(tok.eot_id) == 49 and tok.encode(text, "all")[-1] == tok.special_tokens["<|end|>"]
     assert min(tok.encode(text)) >= 6
+
+
+@pytest.mark.parametrize("allowed", ["none", "all"])
+@often(60)
+@given(text=any_text)
+def test_long_texts_have_the_ids_of_short_ones(allowed, text):
+    """From some length on arrays and compiled code encode; the ids are those of the definition."""
+    tok = trained()
+    whole = known(text) + " sun" * 9000
+    assert tok.encode(text + " sun" * 9000, allowed) == super(FastBPE, tok).encode_parts(whole, allowed)
 
 
 @pytest.mark.parametrize("wrong", [0, 261, -5, 300.0, "300", None])
@@ -372,6 +512,76 @@ def test_gpt2_layout_with_the_mark_at_the_end(tmp_path):
     (tmp_path / "merges.txt").write_text("#version: 0.2\nx y\n")
     with pytest.raises(TokenizerError, match="merge 0"):
         BPETokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt")
+
+
+def test_transformers_reads_our_file(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tok = trained("gpt4")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tok.save(tmp_path / "tokenizer.json")))
+    for text in [*world_texts(20), "1234567 <|end|> naïve 日本語 🙂\r\n\n  x", ""]:
+        assert theirs(text, add_special_tokens=False).input_ids == tok.encode(text, "all")
+        assert theirs.decode(tok.encode(text), clean_up_tokenization_spaces=False) == text
+
+
+def rust_of(ranks, special_tokens, pattern="gpt2"):
+    tiktoken = pytest.importorskip("tiktoken")
+    return tiktoken.Encoding("ours", pat_str=PATTERNS[pattern], mergeable_ranks=ranks, special_tokens=special_tokens)
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
+def test_gpt2_layout_gives_the_ids_of_tiktoken(pattern, tmp_path):
+    """Special tokens behind everything else, as in GPT-2's own files."""
+    learned = BPETokenizer.train(world_texts(), 1200, special_tokens=[], pattern=pattern)
+    BPETokenizer.from_vocab(learned.vocab, learned.merges, ["<|endoftext|>"], pattern).to_files(tmp_path)
+    tok = BPETokenizer.from_files(tmp_path / "vocab.json", tmp_path / "merges.txt", ["<|endoftext|>"], pattern)
+    rust = rust_of(learned.to_ranks(), {"<|endoftext|>": 1200}, pattern)
+    assert tok.eot_id == 1200 and tok.to_ranks() == learned.to_ranks()
+
+    @often(150)
+    @given(clean_text)
+    def same(text):
+        assert tok.encode(text, "all") == rust.encode(text, allowed_special="all") and tok.encode(text) == rust.encode_ordinary(text)
+
+    same()
+    for text in world_texts(50):
+        assert tok.encode(text) == rust.encode_ordinary(text)
+
+
+@often(60)
+@given(words_of, clean_text)
+def test_ranks_and_merges_are_two_forms_of_one_thing(words, text):
+    merges = train_merges({word.encode(): n for word, n in words.items()}, 40)
+    tok = BPETokenizer.from_merges(merges, ["<|end|>"])
+    again = BPETokenizer.from_ranks(tok.to_ranks(), tok.special_tokens)
+    assert again.hash == tok.hash
+    text = "".join(words) + text
+    assert tok.encode(text) == rust_of(tok.to_ranks(), tok.special_tokens).encode_ordinary(text)
+
+
+def test_ranks_that_cannot_be():
+    singles = {bytes([i]): i for i in range(256)}
+    with pytest.raises(TokenizerError, match="no two earlier tokens join to"):
+        merges_of_ranks({**singles, b"abc": 256})
+    with pytest.raises(TokenizerError, match="ids are not in the order of its merges"):
+        BPETokenizer.from_vocab({**{i: b for b, i in singles.items()}, 256: b"un", 257: b"su"}, [(b"s", b"u"), (b"u", b"n")]).to_ranks()
+    with pytest.raises(TokenizerError, match="lacks 1 of the 256"):
+        BPETokenizer.from_ranks({b: i for b, i in singles.items() if i})
+
+
+@pytest.mark.skipif("SLM_GPT2_FILES" not in os.environ, reason="set SLM_GPT2_FILES to a folder with GPT-2's vocab.json and merges.txt")
+def test_the_real_files_of_gpt2():
+    folder = os.environ["SLM_GPT2_FILES"]
+    tok = BPETokenizer.from_files(f"{folder}/vocab.json", f"{folder}/merges.txt", ["<|endoftext|>"])
+    assert tok.vocab_size == 50_257 and tok.eot_id == 50_256 and tok.encode("Hello world") == [15496, 995]
+    rust = rust_of(tok.to_ranks(), tok.special_tokens)
+    for text in [*world_texts(200), "".join(hard) * 20]:
+        assert tok.encode(text, "all") == rust.encode(text, allowed_special="all")
+
+
+def test_tokenizers_have_names():
+    assert tokenizer_class("bpe") is BPETokenizer is TOKENIZERS["bpe"] and tokenizer_class("char") is CharTokenizer
+    with pytest.raises(SLMError, match="unknown tokenizer 'pbe'.*did you mean 'bpe'"):
+        tokenizer_class("pbe")
 
 
 # ----------------------------------------------------------------------------------------------------------- chat
