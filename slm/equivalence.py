@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from .attention import use_kernel
 from .config import ModelConfig, Registry
+from .lora import LoRAConfig, add_lora, lora_layers, merge_lora
 from .model import TransformerLM
 from .reference import slow_logits
 
 # %% auto #0
 __all__ = ['BASE', 'STRETCH', 'LAYOUTS', 'PATHS', 'TOLERANCE', 'TRAINING_PATHS', 'random_model', 'naive_path', 'fused_path',
-           'matmul_path', 'in_pieces', 'cached_path', 'chunked_path', 'padded_path', 'packed_path', 'recomputed_path',
-           'bfloat16_path', 'tolerance', 'deviation', 'gradient_deviation', 'equivalence_matrix', 'broken_cells',
-           'matrix_text', 'compiled_path']
+           'matmul_path', 'in_pieces', 'cached_path', 'chunked_path', 'padded_path', 'packed_path', 'lend_to_adapters',
+           'adapted_path', 'merged_path', 'recomputed_path', 'bfloat16_path', 'tolerance', 'deviation',
+           'gradient_deviation', 'equivalence_matrix', 'broken_cells', 'matrix_text', 'compiled_path']
 
 # %% ../nbs/34_equivalence.ipynb #052a8df1
 BASE = dict(vocab_size=23, context_length=32, n_layer=2, n_head=4, n_kv_head=2, d_model=32, d_ff=24)
@@ -32,7 +35,8 @@ LAYOUTS: dict[str, ModelConfig] = {name: ModelConfig(**BASE | changes) for name,
     "no positions": dict(position="none"), "alibi, window 3": dict(position="alibi", sliding_window=3),
     **{f"rope {kind}": dict(rope_scaling={"rope_type": kind, **STRETCH}) for kind in ("linear", "ntk", "yarn", "llama3")},
     "layernorm, bias": dict(norm="layernorm", bias=True), "post norm": dict(norm_position="post"), "no norm": dict(norm="none"),
-    "gelu": dict(ffn="gelu"), "relu2": dict(ffn="relu2"), "untied": dict(tie_embeddings=False), "soft gate of 2": dict(n_expert=2),
+    "gelu": dict(ffn="gelu"), "gelu by tanh": dict(ffn="gelu_tanh"), "relu2": dict(ffn="relu2"),
+    "untied": dict(tie_embeddings=False), "soft gate of 2": dict(n_expert=2),
     "top 1 of 2": dict(n_expert=2, n_expert_active=1), "top 2 of 4": dict(n_expert=4),
     "much at once": dict(norm="layernorm", bias=True, ffn="gelu", n_expert=3, qk_norm=True, attn_logit_softcap=2.0, sliding_window=4,
                          logit_softcap=3.0, tie_embeddings=False, n_kv_head=1, norm_position="post", rope_scaling=dict(factor=2.0)),
@@ -101,6 +105,31 @@ def packed_path(model: TransformerLM, ids: Tensor) -> Tensor:
     doc_ids = torch.tensor([0] * 4 + [1] * ids.shape[1] + [2] * 5).expand(len(ids), -1)
     return model(row, doc_ids=doc_ids)[:, 4:-5]
 
+# %% ../nbs/34_equivalence.ipynb #7af5a2bc
+def lend_to_adapters(model: TransformerLM) -> tuple[TransformerLM, dict[str, Tensor]]:
+    "A copy with a random adapter beside every matrix of its layers, and weights for it, less by what the adapters give back."
+    copy, weights, dice = deepcopy(model), dict(model.named_parameters()), torch.Generator().manual_seed(2)
+    add_lora(copy, LoRAConfig(rank=2, alpha=1.0, targets=("layers.*",)))
+    for name, layer in lora_layers(copy).items():
+        A, B = layer.adapters["default"].A.data, layer.adapters["default"].B.data
+        B.copy_(torch.randn(B.shape, generator=dice))
+        weights[f"{name}.weight"] = weights[f"{name}.weight"] - 1.0 / 2 * B @ A          # alpha / rank
+    return copy, weights
+
+# %% ../nbs/34_equivalence.ipynb #0533e9d6
+@PATHS.register("adapted")
+def adapted_path(model: TransformerLM, ids: Tensor) -> Tensor:
+    "Adapters beside the matrices; gradients reach the model's own weights."
+    copy, weights = lend_to_adapters(model)
+    return functional_call(copy, weights, (ids,))
+
+@PATHS.register("merged")
+def merged_path(model: TransformerLM, ids: Tensor) -> Tensor:
+    "The same adapters merged into the matrices."
+    copy, weights = lend_to_adapters(model)
+    copy.load_state_dict(weights, strict=False)
+    return merge_lora(copy)(ids)
+
 # %% ../nbs/34_equivalence.ipynb #2feaf00a
 @PATHS.register("recomputed")
 def recomputed_path(model: TransformerLM, ids: Tensor) -> Tensor:
@@ -116,7 +145,7 @@ def bfloat16_path(model: TransformerLM, ids: Tensor) -> Tensor:
 
 # %% ../nbs/34_equivalence.ipynb #8484a4b3
 TOLERANCE = {"bfloat16": 0.25}          # of a standard deviation, the worst of all logits; others 1e-4
-TRAINING_PATHS = ("naive", "fused", "matmul", "packed", "recomputed")
+TRAINING_PATHS = ("naive", "fused", "matmul", "packed", "adapted", "recomputed")
 
 def tolerance(path: str) -> float:
     "How far a path may be from the slow model."

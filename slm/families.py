@@ -8,17 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
-import torch.nn.functional as F
-from torch import Tensor
-
 from .config import ConfigError, ModelConfig, RopeScaling, SLMError, to_dict
-from .layers import FFNS, MLP
 
 # %% auto #0
 __all__ = ['LLAMA_NAMES', 'GPT2_NAMES', 'FAMILIES', 'LLAMA_KEYS', 'LLAMA_NEEDS', 'LLAMA_ABSENT', 'MIXTRAL_NAMES', 'MIXTRAL_KEYS',
-           'ACTIVATIONS', 'GPT2_KEYS', 'ROPE_KEYS', 'SILENT', 'spread', 'module_rows', 'TanhMLP', 'Family',
-           'add_family', 'obstacles', 'InteropError', 'family_of', 'their_word', 'hf_settings', 'flat_rope',
-           'family_named', 'read_key', 'config_from_hf']
+           'ACTIVATIONS', 'GPT2_KEYS', 'ROPE_KEYS', 'SILENT', 'spread', 'module_rows', 'Family', 'add_family',
+           'obstacles', 'InteropError', 'family_of', 'their_word', 'hf_settings', 'flat_rope', 'family_named',
+           'read_key', 'config_from_hf']
 
 # %% ../nbs/32a_families.ipynb #054ba339
 LLAMA_NAMES = """
@@ -51,8 +47,8 @@ def module_rows(table: str, n_layer: int, n_expert: int | None = None) -> Iterat
     for ours, hf, gguf in (line.split() for line in table.strip().splitlines()):
         for i in range(n_layer if "#" in ours else 1):
             for e in range(n_expert or 0 if "@" in ours else 1):
-                number = lambda name: name.replace("#", str(i)).replace("@", str(e))
-                yield spread(number(ours)), number(hf), number(gguf)
+                ours_i, hf_i, gguf_i = (name.replace("#", str(i)).replace("@", str(e)) for name in (ours, hf, gguf))
+                yield spread(ours_i), hf_i, gguf_i
 
 # %% ../nbs/32a_families.ipynb #eb8c8b64
 GPT2_NAMES = """
@@ -67,15 +63,6 @@ layers.#.ffn.down_proj                           transformer.h.#.mlp.c_proj     
 norm                                             transformer.ln_f                output_norm
 head                                             lm_head                         output
 """
-
-# %% ../nbs/32a_families.ipynb #4f8bd152
-@FFNS.register("gelu_tanh")
-class TanhMLP(MLP):
-    "The feed-forward of GPT-2: GELU by the formula with tanh. *Gaussian Error Linear Units*, section 2."
-
-    def bend(self, x: Tensor) -> Tensor:
-        "The activation."
-        return F.gelu(x, approximate="tanh")
 
 # %% ../nbs/32a_families.ipynb #eb6b0bf6
 @dataclass(frozen=True)

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Callable, Iterable, Iterator
 import numpy as np
 from .files import ArtifactError, atomic_file, explain_os_error
+from .joining import SHORT, MergeTables
 from .kernels import LONG, compiled, use_numba
 from .merges import Ranks, WordCache, merge_long_word, merge_word
 from .neighbours import class_table, code_points
 from .scan import BLOCK, digits_of, word_ends
 from .text import TokenizerError, progress, special_pattern
-from .word_table import LONG_WORD, MIX, SHORT, MergeTables, WordTable
+from .word_table import LONG_WORD, MIX, WordTable
 
 # %% ../nbs/14_fast_encode.ipynb #daa3b4a4
 def gather(flat: np.ndarray, begins: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -255,7 +256,7 @@ class FileEncoder(FastEncoder):
 
     def encode_file(self, path: str | Path, out_path: str | Path, special: dict[str, int] | None = None, dtype: object = np.uint16,
                     threads: int | None = None, size: int = LONG, fast: bool | None = None) -> int:
-        """Write the ids of a file as little-endian `dtype`; return how many. `threads`: None is one a core, at most 4. Raises ArtifactError."""
+        """Write the ids of a file as little-endian `dtype`; return how many. `threads`: by default one a core, at most 4."""
         total, kind = 0, np.dtype(dtype).newbyteorder("<")
         with open_bytes(path) as read, atomic_file(out_path, "wb") as out:
             for ids in self.encode_pieces(read, special, threads or min(4, os.cpu_count() or 1), size, fast):

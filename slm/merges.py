@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Callable, Iterable
 from .fields import Registry
 from .text import progress
-from .words import OTHER_NAMES, PATTERNS, compile_pattern, pattern_name, unicode_ranges
+from .words import PATTERNS, compile_pattern  # noqa: F401 (PATTERNS: also known under this module's name)
 
 # %% ../nbs/11_merges.ipynb #a605b4f8
 VISIBLE = {*range(33, 127), *range(161, 173), *range(174, 256)}

@@ -67,8 +67,9 @@ def slow_ffn(config: ModelConfig, x: Tensor, w: dict[str, Tensor], at: str) -> T
     "The feed-forward part of x (…, D): one network, or for each token the likeliest experts weighed by their gates."
     if config.n_expert and f"{at}.router.weight" in w: return torch.stack([slow_experts(config, token, w, at) for token in x])
     apply = lambda name, x: linear(x, w[f"{at}.{name}.weight"], w.get(f"{at}.{name}.bias"))
+    bends = {"gelu": gelu, "gelu_tanh": lambda x: gelu(x, approximate=True), "relu2": relu2}
     if config.ffn == "swiglu": return apply("down_proj", silu(apply("gate_proj", x)) * apply("up_proj", x))
-    return apply("down_proj", {"gelu": gelu, "relu2": relu2}[config.ffn](apply("up_proj", x)))
+    return apply("down_proj", bends[config.ffn](apply("up_proj", x)))
 
 # %% ../nbs/33b_reference.ipynb #201b1714
 def slow_experts(config: ModelConfig, token: Tensor, w: dict[str, Tensor], at: str) -> Tensor:

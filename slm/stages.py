@@ -33,7 +33,7 @@ class RunConfig:
     corpus_bytes: int = 10_000_000  # text to write or to read, at most
     val_docs: int = 400             # held-out documents that bits per byte is measured on
     sft_chats: int = 6_000          # conversations for fine-tuning
-    dpo_prompts: int = 320          # prompts answered by the SFT model and ranked by the judge
+    dpo_prompts: int = 240          # prompts answered by the SFT model and ranked by the judge
     dpo_samples: int = 3            # answers to each of them
     dpo_beta: float = 0.1           # strength of the pull towards the reference
     judge_prompts: int = 240        # held-out prompts that the judge scores every model on

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Iterable, Iterator
-from .bpe import BPE, TrainedBPE, count_words
+from .bpe import BPE, TrainedBPE
 from .fields import Registry
 from .files import atomic_file, read_json
 from .ground import did_you_mean
@@ -175,7 +175,7 @@ class BPETokenizer(BPETokenizer):
         return ranks
 
 # %% ../nbs/15_tokenizer.ipynb #45997653
-LATER = {"unigram": "slm.unigram", "wordpiece": "slm.subwords"}                              # registered there
+LATER = {"unigram": "slm.unigram", "wordpiece": "slm.wordpiece"}                              # registered there
 KINDS = {"BPE": "bpe", "WordLevel": "char", "Unigram": "unigram", "WordPiece": "wordpiece"}   # model type in a file → name
 
 def tokenizer_class(name: str) -> type:

@@ -69,7 +69,7 @@ def test_help_teaches(words, command):
 
 
 def test_all_commands_are_there():
-    alone = {"run", "chat", "sample", "plan", "pretrain", "sft", "dpo", "quantize", "eval", "lineage", "test"}
+    alone = {"run", "chat", "sample", "plan", "pretrain", "sft", "dpo", "quantize", "export", "import", "eval", "lineage", "test"}
     families = {"tokenizer train", "tokenizer encode", "tokenizer show", "data prepare", "data check"}
     assert {" ".join(words) for words, _ in COMMANDS} == alone | families
     assert all(words[-1] in expect_ok("--help") or words[0] in expect_ok("--help") for words, _ in COMMANDS)
@@ -92,7 +92,7 @@ def test_no_words_is_help(here):
 
 
 # ------------------------------------------------------------------------------------------------------------- exit codes
-MISTYPED = ["rum", "run --pretest tiny", "sample --top-p 2", "plan --steps many", "plan --steps 0", "tokenizer", "data", "tokenizer train"]
+MISTYPED = ["rum", "run --pretest tiny", "sample --top-p 2", "plan --steps many", "plan --steps 0", "plan --minutes 0", "export a", "import a", "tokenizer", "data", "tokenizer train"]
 
 
 @pytest.mark.parametrize("line", MISTYPED)
@@ -177,7 +177,7 @@ def test_unknown_preset(here, line):
 
 
 USES = ["sample {}", "chat {}", "eval {} --judge 1", "quantize {}", "lineage {}", "tokenizer show {}", "data check {}"]
-USES += ["sft {} storyworld --rows 2 --out out", "dpo {} storyworld --rows 2 --out out"]
+USES += ["sft {} storyworld --rows 2 --out out", "dpo {} storyworld --rows 2 --out out", "export {} out", "import {} out"]
 
 
 @pytest.mark.parametrize("line", USES)
@@ -288,6 +288,39 @@ def test_sample_is_reproducible_and_seeds_differ(babble):
     first = expect_ok(f"sample {babble} --prompt Mia -n 12 --seed 5")
     assert first == expect_ok(f"sample {babble} --prompt Mia -n 12 --seed 5") and first.startswith("Mia")
     assert first != expect_ok(f"sample {babble} --prompt Mia -n 12 --seed 6")
+
+
+@pytest.mark.parametrize("words, out", [("--format hf", "there"), ("--format gguf --dtype f32", "there.gguf")])
+def test_export_and_import_give_the_same_model_back(here, babble, words, out):
+    if "gguf" in words:
+        pytest.importorskip("gguf")
+    assert out in expect_ok(f"export {babble} {out} {words}") and "parameters" in expect_ok(f"import {out} back")
+    ask = "sample {} --prompt Mia -n 12 --temperature 0"
+    assert expect_ok(ask.format("back")) == expect_ok(ask.format(babble)) == expect_ok(ask.format(out))
+    assert "ok" in expect_ok("data check back")
+
+
+@pytest.mark.parametrize("words, said", [("--format onnx", "onnx"), ("--dtype int3", "int3"), ("--format gguf --dtype float32", "float32")])
+def test_exports_that_nobody_reads_are_refused(here, babble, words, said):
+    assert said in expect_refusal(f"export {babble} out {words}") and tree(here) == {}
+
+
+def test_import_of_an_unknown_architecture_is_refused(here, babble):
+    expect_ok(f"export {babble} there")
+    config = here / "there" / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "MambaForCausalLM"))
+    (here / "there" / "manifest.json").unlink()
+    assert "MambaForCausalLM" in expect_refusal("import there back") and not (here / "back").exists()
+
+
+def test_plan_says_what_fits():
+    lines = dict(line.split(maxsplit=1) for line in expect_ok("plan --preset 15m --minutes 30 --speed 9000").splitlines())
+    assert lines["parameters"].startswith("15,") and "30 minutes: 16,200,000 tokens in 3,955 steps" in lines["in"]
+    assert lines["would"].startswith("suit") and "depth" in lines["would"]
+    assert "100 steps" in expect_ok("plan --preset tiny --steps 100 --speed 7")
+    if Path("/proc/meminfo").exists():
+        assert "does not fit" in expect_ok("plan --preset tiny --speed 9 --batch-size 100000000")
+    assert "tokens/s" in expect_ok("plan --preset tiny --batch-size 1 --context-length 16")       # a short calibration
 
 
 def test_prompt_from_a_file_and_from_stdin(here, babble):

@@ -1,4 +1,4 @@
-"""To other tools and back: equal scores in transformers and llama.cpp, bit-identical weights, exact chat ids, a sentence for every broken file."""
+"""Other tools and back: equal scores in transformers and llama.cpp, bit-identical weights, exact chat ids, sentences for broken files."""
 from __future__ import annotations
 
 import json
@@ -246,7 +246,7 @@ BREAKS = {
     "shard gone": (lambda f: weight_files(f)[0].unlink(), "which is not in the folder"),
     "shard torn": (lambda f: weight_files(f)[0].write_bytes(weight_files(f)[0].read_bytes()[:5000]), "damaged or incomplete"),
     "shard empty": (lambda f: weight_files(f)[0].write_bytes(b""), "damaged or incomplete"),
-    "index outside": (edit("model.safetensors.index.json", lambda d: d["weight_map"].update(x="../../etc/x")), "which is not in the folder"),
+    "index outside": (edit("model.safetensors.index.json", lambda d: d["weight_map"].update(x="../../x")), "which is not in the folder"),
     "index empty": (edit("model.safetensors.index.json", lambda d: d.update(weight_map={})), "names no files"),
     "tokenizer": (lambda f: (f / "tokenizer.json").write_text('{"model": {"type": "Unknown"}}'), "cannot be used as a tokenizer"),
 }

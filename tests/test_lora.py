@@ -200,7 +200,8 @@ def test_mistakes_are_explained_in_one_sentence(call, words):
         call(made("plain"))
 
 
-@pytest.mark.parametrize("field, value", [("rank", 0), ("rank", 2.5), ("alpha", 0.0), ("dropout", 1.0), ("targets", "q_proj"), ("seed", -1)])
+@pytest.mark.parametrize("field, value", [
+    ("rank", 0), ("rank", 2.5), ("alpha", 0.0), ("dropout", 1.0), ("targets", "q_proj"), ("seed", -1)])
 def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ConfigError, match=field):
         LoRAConfig(**{field: value})

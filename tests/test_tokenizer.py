@@ -21,7 +21,7 @@ from slm.bpe import FastBPE
 from slm.config import SLMError
 from slm.counts import SPEEDS, Words, count_texts, text_blocks
 from slm.fast_merges import learn_merges, numba_merges
-from slm.merges import PATTERNS, compile_pattern, from_chars, merge_long_word, merge_word, symbols_of, to_chars, train_merges, train_slowly
+from slm.merges import from_chars, merge_long_word, merge_word, symbols_of, to_chars, train_merges, train_slowly
 from slm.scan import has_numba
 from slm.storyworld import stories
 from slm.text import STORY, safe_parts
@@ -37,6 +37,7 @@ from slm.tokenizer import (
     show_tokens,
     tokenizer_class,
 )
+from slm.words import PATTERNS, compile_pattern
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 OWN = r"\p{L}{1,4}|\p{N}|\s+"
