@@ -18,8 +18,8 @@ from .families import FAMILIES, Family, InteropError, family_of
 from .files import explain_os_error, flush_file, flush_folder, require_space
 from .folders import temporary_folder
 from .hf_folder import chat_template, token_roles
-from .layouts import held_as, to_ours, to_theirs
-from .merges import PATTERNS, from_chars, to_chars
+from .layouts import to_ours, to_theirs
+from .merges import from_chars, to_chars
 from .model import TransformerLM, model_from_state
 from .tokenizer import BPETokenizer, Tokenizer
 

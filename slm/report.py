@@ -145,7 +145,8 @@ def report_parts(r: dict) -> dict[str, str]:
     gains = [f"{step} {100 * g['mean']:+.1f} % ({100 * g['low']:+.1f} to {100 * g['high']:+.1f})" for step, g in r["judge_gain"].items()]
     asked = [f"**{a['prompt']}**\n\n{_samples({name: a[name] for name in MODELS})}" for a in r["samples"]["asked"]]
     return {
-        "known": known or "the floor of this text is not known", "scores": "\n".join(scores), "gains": ", ".join(gains), "asked": "\n\n".join(asked),
+        "known": known or "the floor of this text is not known", "scores": "\n".join(scores), "gains": ", ".join(gains),
+        "asked": "\n\n".join(asked),
         "rows": "\n".join(f"| {name} | {s:.1f} |" for name, s in r["seconds"].items()), "story": _samples(r["samples"]["story"]),
         "diagnosis": "\n".join(f"- {line}" for line in r["diagnosis"]["dpo"]),
     }

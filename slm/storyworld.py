@@ -112,14 +112,14 @@ TITLES = (
     "A story about HERO who EVENT.",
 )
 
-
+# %% ../nbs/40e_storyworld.ipynb #36579dab
 def choose_plot(t: Teller) -> Plot:
     "The plot, unless it is decided."
     if "plot" not in t.mem:
         t.mem["plot"] = t.choose(tuple(PLOTS.values()), None, "plot").name
     return PLOTS[t.mem["plot"]]
 
-
+# %% ../nbs/40e_storyworld.ipynb #6cca0df1
 def title(t: Teller) -> None:
     "Perhaps (3 of 4) a title, which decides hero, plot and object, and in most phrasings luck and ending."
     if not t.choose((True, False), (3, 1), "title"):
@@ -162,7 +162,7 @@ FORCED = {"plot": PLOTS, "ending": ENDINGS}
 
 
 def story(seed: int | str, index: int, **force: object) -> Story:
-    "Story `index` of stream `seed`. Choices can be forced: `N`, `kind`, `obj`, `plot`, `ending`, `luck`, `title`; StoryError if impossible."
+    "Story `index` of stream `seed`. Can be forced: `N`, `kind`, `obj`, `plot`, `ending`, `luck`, `title`; StoryError if impossible."
     force = {name: FORCED[name].get(value, value) if name in FORCED else value for name, value in force.items()}
     return finished(tell(Teller(random_words("story", seed, index), force)))
 

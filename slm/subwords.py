@@ -57,7 +57,7 @@ class Adapter(Tokenizer):
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that ids stand for, or those of the text that the original makes of them."""
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids) if isinstance(ids, Iterable) else [ids]
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids) if isinstance(ids, Iterable) else [[ids]]
         joined = super().decode_bytes(ids)                                          # raises for ids that do not exist
         return joined if self.exact else self.theirs.decode(ids, skip_special_tokens=False).encode("utf-8")
 

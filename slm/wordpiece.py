@@ -8,7 +8,6 @@ __all__ = ['PREFIX', 'LONE_HASH', 'RULES', 'longest_match', 'hash_pattern', 'Pie
            'TrainedWordPiece', 'WordPieceTokenizer']
 
 # %% ../nbs/17a_wordpiece.ipynb #a82fd1d4
-import re
 from collections import Counter, defaultdict
 from itertools import chain, count, pairwise
 from pathlib import Path

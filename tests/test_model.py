@@ -261,9 +261,10 @@ def test_the_slow_model_agrees_with_any_config(config):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="no compiler")
-def test_the_captured_graph_of_a_forward_pass_is_the_forward_pass():
+@pytest.mark.parametrize("name", ["soft gate of 2", "learned", "alibi, window 3"])
+def test_the_captured_graph_of_a_forward_pass_is_the_forward_pass(name):
     torch.compiler.reset()
-    model, ids = build(LAYOUTS["soft gate of 2"])
+    model, ids = build(LAYOUTS[name])
     with torch.no_grad():
         equal(torch.compile(model, backend="aot_eager")(ids), model(ids))
 
