@@ -183,7 +183,7 @@ def plan_text(plan: Plan) -> list[tuple[str, str]]:
     return [
         ("parameters", f"{size:,}" + (f", {active:,} for each token" if active != size else "")),
         ("speed", f"{plan.speed:,.0f} tokens/s, {work / 1e9:,.0f} GFLOP/s"),
-        ("in the time", f"{minutes:,g} minutes: {plan.tokens:,} tokens in {plan.steps:,} steps, {plan.tokens / size:.1f} a parameter"),
+        ("in the time", f"{minutes:,g} minutes: {plan.tokens:,} tokens in {plan.steps:,} steps, {plan.tokens / size:.2g} a parameter"),
         ("memory", f"{m['training'] / 1e6:,.0f} MB to train, {m['activations'] / 1e6:,.0f} MB of it activations; {verdict}"),
         ("on disk", f"{m['checkpoint'] / 1e6:,.0f} MB a checkpoint, {m['weights'] / 1e6:,.0f} MB the weights alone"),
     ]

@@ -82,15 +82,13 @@ class NumpyWords(KnownWords):
         """The ids (K,) uint32 of the words of `data` (N,) that end at `ends` (W,), and how many each word has (W,)."""
         starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
         numbers, short = np.stack(word_numbers(data, starts, ends - starts)), ends - starts <= 15
-        place = self.places(numbers)
+        raw, place = data.tobytes(), self.places(numbers)
         begins, sizes = self.begins[place], self.sizes[place]
         new = np.flatnonzero(~short | (self.numbers[:, place] != numbers).any(0))
-        raw = data.tobytes()
-        words = [self.cache[raw[a:b]] for a, b in zip(starts[new].tolist(), ends[new].tolist())]
+        words, keep = [self.cache[raw[a:b]] for a, b in zip(starts[new].tolist(), ends[new].tolist())], new[short[new]]
         ids = np.concatenate([self.ids, np.fromiter(chain.from_iterable(words), np.uint32)])
         sizes[new] = np.fromiter(map(len, words), np.int64, len(words))
         begins[new] = len(self.ids) + np.cumsum(sizes[new]) - sizes[new]
-        keep = new[short[new]]
         self.keep(numbers[:, keep], begins[keep], sizes[keep], ids)
         return gather(ids, begins, sizes), sizes
 

@@ -73,9 +73,9 @@ def tokenizer_show(tokenizer: Path, text: Optional[str] = None) -> None:
 
 # %% ../nbs/98b_make.ipynb #42b362cf
 @command(tokenizer_app, "bench", file=Word("A text file. Default: stories of the story world."),
-         vocab_size=Word("Size of the vocabulary; more than one may be given.", "v"), repeats=Word("Turns; the median counts.", low=1),
+         vocab_size=Word("Size of the vocabulary, or several. Default: 4096.", "v"), repeats=Word("Turns; the median counts.", low=1),
          megabytes=Word("Text to measure on, in MB.", "m", low=0.001), pattern=Word("How text is cut into words first: gpt2 or gpt4."))
-def tokenizer_bench(file: Optional[Path] = None, *, vocab_size: list[int] = (4096,), megabytes: float = 5, repeats: int = 3,
+def tokenizer_bench(file: Optional[Path] = None, *, vocab_size: list[int] = (), megabytes: float = 5, repeats: int = 3,
                     pattern: str = "gpt2", seed: int = 0) -> None:
     """Measure training and encoding beside other tokenizer libraries.
 
@@ -85,7 +85,7 @@ def tokenizer_bench(file: Optional[Path] = None, *, vocab_size: list[int] = (409
     from slm.data import open_source
     from slm.tokenizer_bench import bench_table, bench_tokenizers
     text = file or (doc["text"] for doc in open_source("storyworld", seed=seed))
-    print(bench_table(bench_tokenizers(text, vocab_size, megabytes, repeats, pattern)))
+    print(bench_table(bench_tokenizers(text, vocab_size or [4096], megabytes, repeats, pattern)))
 
 # %% ../nbs/98b_make.ipynb #60293fb4
 def pack_corpus(folder: Path, tokenizer: Path | None, vocab_size: int) -> dict:
@@ -306,7 +306,8 @@ def plan_lines(shape: object, minutes: float, batch_size: int, context_length: i
     made = plan(shape, minutes, batch_size, context_length, speed)
     depth = suitable_depth(minutes, speed * flops_per_token(shape, context_length), made.free, shape.vocab_size, batch_size)
     size = count_parameters(config_from_depth(depth, shape.vocab_size))["total"]
-    return [*plan_text(made), ("would suit", f"depth {depth}, {size:,} parameters: the most that fit and see 20 tokens each")]
+    why = "the largest that fits and sees 20 tokens a parameter" if depth > 1 else "the smallest there is; take more time"
+    return [*plan_text(made), ("would suit", f"depth {depth}, {size:,} parameters: {why}")]
 
 # %% ../nbs/98b_make.ipynb #f02f846b
 @command(app, "plan", speed=Word("Tokens/s to reckon with. Default: measured here, from a model of one and of two layers.", low=1),

@@ -49,7 +49,7 @@ RUN_PRESETS: dict[str, RunConfig] = {
     "story": RunConfig(
         model=PRESETS["story"],
         pretrain=_training(800, 8, 256, eval_every=50, sample_every=200),
-        sft=_training(530, 4, 512),
+        sft=_training(560, 4, 512),
         dpo=_training(30, 16, 512, lr=3e-4, muon_lr=6e-4)),
     "tiny": RunConfig(
         model=PRESETS["tiny"],

@@ -1,5 +1,6 @@
 """The fast ways of cutting, encoding and decoding give what the definition gives: on hard Unicode, on any bytes, in any pieces, with any
 number of threads, in bounded memory, with and without numba; and the same as `tokenizers` and `tiktoken`."""
+
 from __future__ import annotations
 
 import base64
@@ -26,17 +27,27 @@ from slm.words import PATTERNS
 
 os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")
 needs_numba = pytest.mark.skipif(not has_numba(), reason="numba is not installed")
-CODES = [code for code in (*range(0x32000), *range(0x32000, 0x110000, 61)) if not 0xD800 <= code < 0xE000]   # nothing is assigned above but tags
+CODES = [
+    code for code in (*range(0x32000), *range(0x32000, 0x110000, 61)) if not 0xD800 <= code < 0xE000
+]  # nothing is assigned above but tags
 DIGITS = {"gpt2": 0, "gpt4": 3, PATTERNS["gpt4"].replace("{1,3}", "{1,2}"): 2, PATTERNS["gpt4"].replace("{1,3}", ""): 1}
 WAYS = [True, False] if has_numba() else [False]
 SPECIAL = {"<|endoftext|>": 5000, "<|end|>": 5001, "<a b>": 5002, "e <|x": 5003}
 
-EDGES = """a s t D LL 's 're 'Ve 'ſ 'S \t \n \r \r\n 0 9 12345 ½ ² Ⅷ . , - _ !!! é e\u0301 ß ſ İ 語 ا 🙂 𝒜 𝟗 \u00a0 \u1680 \u2028 \u3000 \ufeff \x1c
+EDGES = """a s t D LL 's 're 'Ve 'ſ 'S \t \n \r \r\n 0 9 12345 ½ ² Ⅷ . , - _ !!! é e\u0301 ß ſ İ 語 ا 🙂 𝒜 𝟗
+\u00a0 \u1680 \u2028 \u3000 \ufeff
+\x1c
 \x85 \u088f \u0558""".split(" ")
 BROKEN = [b"\x80", b"\xe6\x97", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b"\xc0\xaf", b"\xff", b"\xf0\x9f\x99", b"'\xc5", b" ", b"  ", b"'"]
-part = st.sampled_from([edge.encode() for edge in EDGES] + BROKEN) | st.binary(max_size=4) | st.characters(exclude_categories=["Cs"]).map(str.encode)
+part = (
+    st.sampled_from([edge.encode() for edge in EDGES] + BROKEN)
+    | st.binary(max_size=4)
+    | st.characters(exclude_categories=["Cs"]).map(str.encode)
+)
 hard_bytes = st.lists(part, max_size=16).map(b"".join)
-hard_text = st.lists(st.sampled_from([*EDGES, " ", "  ", "<|endoftext|>", "<|end", "<a b>"]) | st.characters(exclude_categories=["Cs"]), max_size=16).map("".join)
+hard_text = st.lists(
+    st.sampled_from([*EDGES, " ", "  ", "<|endoftext|>", "<|end", "<a b>"]) | st.characters(exclude_categories=["Cs"]), max_size=16
+).map("".join)
 many = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
 
@@ -94,7 +105,7 @@ def test_every_code_point_in_context_is_cut_as_in_the_tokenizers_library(pattern
     if pattern == "gpt2":
         split = hf.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     for first in range(0, len(CODES), 50_000):
-        text = "".join(f"a{chr(code)}1 {chr(code)}" for code in CODES[first:first + 50_000])
+        text = "".join(f"a{chr(code)}1 {chr(code)}" for code in CODES[first : first + 50_000])
         ends = [stop for _, (_, stop) in split.pre_tokenize_str(text)]
         sizes = np.cumsum(np.frombuffer(b"".join([len(char.encode()).to_bytes(1, "little") for char in text]), np.uint8))
         raw = np.frombuffer(text.encode(), np.uint8)
@@ -134,7 +145,9 @@ def test_every_code_point_in_context_has_the_ids_of_tiktoken(documents):
     text = "".join(f"a{chr(code)}s {chr(code)}1 '{chr(code)}\n" for code in CODES)
     for pattern in ("gpt2", "gpt4"):
         tok = BPETokenizer.train([text[:200_000], *documents[:20]], 1000, [], pattern=pattern)
-        theirs = tiktoken.Encoding("ours", pat_str=PATTERNS[pattern], mergeable_ranks={token: i for i, token in tok.vocab.items()}, special_tokens={})
+        theirs = tiktoken.Encoding(
+            "ours", pat_str=PATTERNS[pattern], mergeable_ranks={token: i for i, token in tok.vocab.items()}, special_tokens={}
+        )
         expected = theirs.encode_to_numpy(text)
         for fast in WAYS[:1]:
             assert np.array_equal(tok.encoder.encode(text.encode(), None, fast), expected)
@@ -142,10 +155,24 @@ def test_every_code_point_in_context_has_the_ids_of_tiktoken(documents):
 
 def test_ids_are_those_of_tokenizers_and_tiktoken_on_worst_texts(tok, documents):
     hf, tiktoken = pytest.importorskip("tokenizers").Tokenizer.from_str(tok.file_text), pytest.importorskip("tiktoken")
-    theirs = tiktoken.Encoding("ours", pat_str=PATTERNS[tok.pattern], mergeable_ranks={token: i for i, token in tok.vocab.items()}, special_tokens={})
+    theirs = tiktoken.Encoding(
+        "ours", pat_str=PATTERNS[tok.pattern], mergeable_ranks={token: i for i, token in tok.vocab.items()}, special_tokens={}
+    )
     random = np.random.default_rng(1)
-    worst = ["a" * 20_000, "-" * 9999, " " * 9999, "\n" * 9999, " \n" * 5000, "ab" * 5000, "日本" * 5000, base64.b64encode(random.bytes(30_000)).decode(),
-             "".join(map(str, random.integers(0, 10, 30_000))), "'" * 999, "x" * 15 + " " + "x" * 16, *documents[:30]]
+    worst = [
+        "a" * 20_000,
+        "-" * 9999,
+        " " * 9999,
+        "\n" * 9999,
+        " \n" * 5000,
+        "ab" * 5000,
+        "日本" * 5000,
+        base64.b64encode(random.bytes(30_000)).decode(),
+        "".join(map(str, random.integers(0, 10, 30_000))),
+        "'" * 999,
+        "x" * 15 + " " + "x" * 16,
+        *documents[:30],
+    ]
     for text in worst:
         expected = theirs.encode_ordinary(text)
         assert hf.encode(text).ids == expected
@@ -175,7 +202,9 @@ def test_ids_of_a_file_depend_neither_on_pieces_nor_on_threads(tok, data, size, 
     (tmp_path / "text").write_bytes(data)
     for special in (SPECIAL, None):
         whole = encoder_of(tok).encode(data, special, WAYS[0])
-        assert encoder_of(tok).encode_file(tmp_path / "text", tmp_path / "ids", special, threads=threads, size=size, fast=WAYS[0]) == len(whole)
+        assert encoder_of(tok).encode_file(tmp_path / "text", tmp_path / "ids", special, threads=threads, size=size, fast=WAYS[0]) == len(
+            whole
+        )
         assert np.array_equal(np.fromfile(tmp_path / "ids", "<u2"), whole)
 
 
@@ -199,10 +228,13 @@ def test_a_cut_is_safe_whatever_follows(tok, before, after):
 def test_word_tables_of_any_size_give_the_same_ids(tok, data):
     from slm.joining import MergeTables
     from slm.word_table import WordTable
+
     data = data[:15_000] + data[-40_000:]
     raw, tables = np.frombuffer(data, np.uint8), MergeTables(tok.byte_ids, tok.ranks)
-    results = [WordTable(limit, 8).encode(tables, digits_of(tok.pattern), raw, find_marks(data, None), block).tolist()
-               for limit, block in ((8, 1 << 16), (1 << 10, 1000), (1 << 18, 17))]
+    results = [
+        WordTable(limit, 8).encode(tables, digits_of(tok.pattern), raw, find_marks(data, None), block).tolist()
+        for limit, block in ((8, 1 << 16), (1 << 10, 1000), (1 << 18, 17))
+    ]
     assert results[0] == results[1] == results[2]
 
 
@@ -212,7 +244,10 @@ def test_one_encoder_serves_many_threads_at_once(tok, documents):
     expected = [encoder.encode(text.encode(), None, True).tolist() for text in documents[:200]]
     with ThreadPoolExecutor(8) as pool:
         results = list(pool.map(lambda text: encoder.encode(text.encode(), None, True).tolist(), documents[:200]))
-    assert results == expected and 1 <= len(encoder.free) <= 8
+    assert results == expected and 1 <= len(encoder.word_tables) <= 8
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda text: encoder.encode(text.encode(), None, False).tolist(), documents[:200]))
+    assert results == expected and 1 <= len(encoder.numpy_words) <= 4
 
 
 # ----------------------------------------------------------------------------------------------------------- decoding
@@ -228,7 +263,9 @@ def test_decoding_is_joining_the_bytes_of_tokens(tok, fast):
 
 # -------------------------------------------------------------------------------------------- memory, imports, no numba
 def run_python(code: str, **env: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env}, cwd=Path(__file__).parent
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
 
@@ -315,8 +352,14 @@ import hashlib; print(hashlib.sha256(np.array(ids, np.uint32).tobytes()).hexdige
     sentence, digest = run_python(code).splitlines()
     assert "numba" in sentence and 'pip install "slm[fast]"' in sentence
     if has_numba():
-        assert run_python(code.replace('sys.modules["numba"] = None', "pass").replace("and not has_numba()", "")
-                          .replace("print(sentence_of(TokenizerError, tok.encoder.encode, b\"the sea\", None, True))", "")) == digest
+        assert (
+            run_python(
+                code.replace('sys.modules["numba"] = None', "pass")
+                .replace("and not has_numba()", "")
+                .replace('print(sentence_of(TokenizerError, tok.encoder.encode, b"the sea", None, True))', "")
+            )
+            == digest
+        )
 
 
 @needs_numba

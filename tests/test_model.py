@@ -45,7 +45,8 @@ def configs(draw):
     return ModelConfig(
         vocab_size=V, context_length=16, n_layer=pick(1, 2), n_head=4, n_kv_head=pick(4, 2, 1), d_model=32, d_ff=pick(None, 24),
         d_head=pick(None, 6), norm=pick("rmsnorm", "layernorm", "none"), norm_position=pick("pre", "post"),
-        position=position, ffn=pick("swiglu", "gelu", "gelu_tanh", "relu2"), qk_norm=pick(False, True), attn_logit_softcap=pick(None, None, 2.0),
+        position=position, ffn=pick("swiglu", "gelu", "gelu_tanh", "relu2"), qk_norm=pick(False, True),
+        attn_logit_softcap=pick(None, None, 2.0),
         n_expert=n_expert, n_expert_active=pick(None, 1, 2) if n_expert else None,
         rope_scaling=pick(*stretches) if position == "rope" else None,
         bias=pick(False, True), tie_embeddings=pick(True, False), sliding_window=pick(None, 1, 4, 99), logit_softcap=pick(None, 5.0))
