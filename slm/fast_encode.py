@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WINDOW', 'gather', 'word_numbers', 'KnownWords', 'NumpyWords', 'mark_pattern', 'find_marks', 'letter_space',
-           'settled_ends', 'cut_place', 'read_pieces', 'in_order', 'WordEncoder', 'FastEncoder', 'open_bytes',
-           'FileEncoder', 'count_bytes', 'copy_eight', 'copy_tokens', 'TokenBytes']
+           'settled_ends', 'cut_place', 'read_pieces', 'in_order', 'borrowed', 'WordEncoder', 'FastEncoder',
+           'open_bytes', 'FileEncoder', 'count_bytes', 'copy_eight', 'copy_tokens', 'TokenBytes']
 
 # %% ../nbs/14_fast_encode.ipynb #e12c9cf0
 import io, os, re
@@ -171,6 +171,19 @@ def in_order(run: Callable, things: Iterable, threads: int) -> Iterator:
             yield waiting.popleft().result()
 
 # %% ../nbs/14_fast_encode.ipynb #773d007e
+@contextmanager
+def borrowed(shelf: deque, make: Callable[[], object]) -> Iterator[object]:
+    """Something from the shelf, or a new one, for as long as the `with` block lasts."""
+    try:
+        thing = shelf.pop()
+    except IndexError:
+        thing = make()
+    try:
+        yield thing
+    finally:
+        shelf.append(thing)
+
+# %% ../nbs/14_fast_encode.ipynb #1fd8e617
 class WordEncoder:
     """Words → ids by merges. `byte_ids` (256) of the single bytes, `ranks` {(left, right): (rank, joined id)}; `pattern` gpt2 or of the
     family of gpt4, else TokenizerError."""
@@ -180,17 +193,16 @@ class WordEncoder:
         if self.digits is None:
             raise TokenizerError(f"the pattern {pattern!r} has no fast encoder: leave fast out, or use gpt2 or gpt4")
         self.byte_ids = list(byte_ids)
-        self.free: deque = deque()                                      # word tables that no thread uses now
+        self.forget()
+
+    def forget(self) -> None:
+        """Start with no words known."""
+        self.word_tables, self.numpy_words = deque(), deque()           # shelves
 
     @cached_property
     def tables(self) -> MergeTables:
         """The merges as arrays."""
         return MergeTables(self.byte_ids, self.ranks)
-
-    @cached_property
-    def words(self) -> NumpyWords:
-        """The words that numpy knows."""
-        return NumpyWords(self.encode_word)
 
     def encode_word(self, word: bytes) -> list[int]:
         """Ids of one word, by the definition."""
@@ -210,11 +222,8 @@ class FastEncoder(WordEncoder):
 
     def encode_compiled(self, data: bytes, special: dict[str, int] | None) -> np.ndarray:
         """`encode` by the kernels."""
-        table = self.free.pop() if self.free else WordTable()
-        try:
+        with borrowed(self.word_tables, WordTable) as table:
             return table.encode(self.tables, self.digits, np.frombuffer(data, np.uint8), find_marks(data, special))
-        finally:
-            self.free.append(table)
 
     def encode_piece(self, data: bytes, special: dict[str, int] | None) -> np.ndarray:
         """`encode` by numpy, of a piece that fits into memory thirty times."""
@@ -222,7 +231,8 @@ class FastEncoder(WordEncoder):
         joined = np.frombuffer(b"".join([data[a:b] for a, b, _ in texts.tolist()]), np.uint8)
         stops = np.cumsum(texts[:, 1] - texts[:, 0])
         ends = word_ends(joined, self.pattern, False, stops)
-        ids, sizes = self.words.encode(joined, ends)
+        with borrowed(self.numpy_words, lambda: NumpyWords(self.encode_word)) as words:
+            ids, sizes = words.encode(joined, ends)
         at = np.concatenate([[0], np.cumsum(sizes)])[np.searchsorted(ends, stops, "right")]     # ids before the end of each text
         return np.insert(ids, at[:-1], texts[:-1, 2].astype(np.uint32))
 
@@ -247,8 +257,7 @@ class FileEncoder(FastEncoder):
     def encode_pieces(self, read: Callable[[int], bytes], special: dict[str, int] | None = None, threads: int = 1, size: int = LONG,
                       fast: bool | None = None) -> Iterator[np.ndarray]:
         """The ids of what `read(n)` gives, in parts (K,) uint32, with `threads` threads; the ids do not depend on `size`."""
-        fast = use_numba(fast, LONG)
-        self.encode(b"", special, fast)                                 # compile before threads begin
+        self.encode(b"", special, fast := use_numba(fast, LONG))                                 # compile before threads begin
         pieces = read_pieces(read, size, lambda piece: cut_place(piece, special, self.pattern))
         yield from in_order(lambda piece: self.encode(piece, special, fast), pieces, threads if fast else 1)
 
@@ -257,6 +266,7 @@ class FileEncoder(FastEncoder):
         """Write the ids of a file as little-endian `dtype`; return how many. `threads`: by default one a core, at most 4."""
         total, kind = 0, np.dtype(dtype).newbyteorder("<")
         with open_bytes(path) as read, atomic_file(out_path, "wb") as out:
+            fast = use_numba(fast, os.path.getsize(path))
             for ids in self.encode_pieces(read, special, threads or min(4, os.cpu_count() or 1), size, fast):
                 out.write(ids.astype(kind).tobytes())
                 total += len(ids)

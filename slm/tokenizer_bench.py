@@ -236,7 +236,8 @@ def bench_tokenizers(text: str | Path | Iterable[str] | None = None, vocab_sizes
     """Train and encode with all contenders that are installed, in turns. Rows: task, vocab_size, who, seconds (processor time, median),
     mb_per_s, same (tokens or ids are ours; None: cannot be compared). Raises TokenizerError for an unknown pattern or too little text."""
     if pattern not in NEVER_BACK:
-        raise TokenizerError(f"pattern {pattern!r} cannot be measured: give one of {', '.join(NEVER_BACK)}{did_you_mean(pattern, NEVER_BACK)}")
+        names = ", ".join(NEVER_BACK)
+        raise TokenizerError(f"pattern {pattern!r} cannot be measured: give one of {names}{did_you_mean(pattern, NEVER_BACK)}")
     documents, rows = text_for_bench(text, megabytes), []
     taking_part = [contender for contender in contenders if contender.is_there and not (contender.slow and size_of(documents) > SLOW_LIMIT)]
     for vocab_size in vocab_sizes:
