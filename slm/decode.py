@@ -128,7 +128,8 @@ class Decoder:
         if (keep := self.answers.keep(self.rows)) is not None: self.select(keep)
         if not self.rows: return []
         scores = predict(self.model, self.ids, self.cache)[:, :self.n_vocab]
-        tokens = pick_tokens(shape_logits(scores, self.sampling, [self.pasts[row] for row in self.rows]), self.uniforms[self.rows, self.answers.written])
+        scores = shape_logits(scores, self.sampling, [self.pasts[row] for row in self.rows])
+        tokens = pick_tokens(scores, self.uniforms[self.rows, self.answers.written])
         self.ids = tokens[:, None]
         self.answers.written += 1
         for row, token in zip(self.rows, tokens.tolist(), strict=True): self.pasts[row].ids.append(token)
