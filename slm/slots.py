@@ -22,8 +22,8 @@ class SlotCache:
     def __init__(self, model: TransformerLM, slots: int, max_length: int | None = None):
         c, like = model.config, model.new_cache(1, 1).keys
         self.max_length = max_length or c.context_length
-        shape = (c.n_layer, slots, c.n_kv_head, self.max_length + 1, c.d_head)        # the last place is the bin
-        self.keys, self.values = (torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(2))
+        shape = (slots, c.n_kv_head, self.max_length + 1, c.d_head)                    # the last place is the bin
+        self.keys, self.values = ([torch.zeros(shape, dtype=like.dtype, device=like.device) for _ in range(c.n_layer)] for _ in range(2))
         self.texts: list[list[int]] = [[] for _ in range(slots)]                       # the tokens read in each slot
 
     def keep(self, slot: int, length: int) -> None:
@@ -32,7 +32,7 @@ class SlotCache:
 
     def copy(self, source: int, target: int, length: int) -> None:
         "Give a slot the first `length` tokens of another one."
-        for store in (self.keys, self.values): store[:, target, :, :length] = store[:, source, :, :length]
+        for store in (*self.keys, *self.values): store[target, :, :length] = store[source, :, :length]
         self.texts[target] = self.texts[source][:length]
 
 # %% ../nbs/91b_slots.ipynb #a8185a96
@@ -91,7 +91,7 @@ def read_slots(model: TransformerLM, cache: SlotCache, texts: dict[int, list[int
     "Read the next tokens of some slots, {slot: ids}; logits (B, V) after the last of each, or of `every` token (B, T, V). On the CPU."
     slots = span_of(list(texts))
     ids, places = rectangle([texts.get(slot, []) for slot in slots], [len(cache.texts[slot]) for slot in slots], cache.max_length)
-    ids, places = ids.to(cache.keys.device), places.to(cache.keys.device)
+    ids, places = ids.to(cache.keys[0].device), places.to(cache.keys[0].device)
     seen = max(len(cache.texts[slot]) + len(new) for slot, new in texts.items())
     hidden = hidden_at(model, ids, SlotRows(cache, slots, places, seen))
     for slot, new in texts.items(): cache.texts[slot] += new

@@ -138,8 +138,8 @@ def shape_logits(logits: Tensor, sampling: Sampling, pasts: list[Past] | Past | 
         if isinstance(pasts, Past): logits = look_back(logits, sampling, pasts)
         else: logits = torch.stack([look_back(row, sampling, past) for row, past in zip(logits, pasts, strict=True)])
     logits = apply_temperature(logits, sampling.temperature)
-    filters = ((top_k_filter, sampling.top_k), (top_p_filter, sampling.top_p), (min_p_filter, sampling.min_p), (typical_filter, sampling.typical_p))
-    for keep, value in filters:
+    s, filters = sampling, (top_k_filter, top_p_filter, min_p_filter, typical_filter)
+    for keep, value in zip(filters, (s.top_k, s.top_p, s.min_p, s.typical_p), strict=True):
         if value is not None: logits = keep(logits, value)
     return logits
 
