@@ -27,14 +27,17 @@ const picture = name => {
   use.setAttribute("href", "#i-" + name), svg.append(use), svg.setAttribute("aria-hidden", "true");
   return svg;
 };
-const tool = (name, title, act) => h("button", { type: "button", className: "icon small", title, ariaLabel: title, onclick: act }, picture(name));
+const tool = (name, title, act) =>
+  h("button", { type: "button", className: "icon small", title, ariaLabel: title, onclick: act }, picture(name));
 """
 
 # %% ../nbs/96f_page_script.ipynb #8b1ac376
 SCRIPT["memory"] = r"""
 const DEFAULTS = { temperature: 0.8, top_p: 1, max_tokens: 200, seed: "", system: "", key: "" };
 const read = (name, other) => { try { return JSON.parse(localStorage.getItem("slm-" + name)) ?? other; } catch { return other; } };
-const write = (name, value) => { try { localStorage.setItem("slm-" + name, JSON.stringify(value)); return true; } catch { return false; } };
+const write = (name, value) => {
+  try { localStorage.setItem("slm-" + name, JSON.stringify(value)); return true; } catch { return false; }
+};
 const memory = { chats: read("chats", []), now: read("now", null), settings: { ...DEFAULTS, ...read("settings", {}) } };
 const save = () => {
   if (!write("chats", memory.chats)) {
@@ -55,7 +58,10 @@ const plain = bytes => new TextDecoder().decode(new Uint8Array(bytes));
 const token = (entry, text) => [text, entry.logprob, entry.top_logprobs.map(one => [plain(one.bytes), one.logprob])];
 const places = tokens => { let at = 0; return tokens.map(([text]) => [at, at += text.length]); };
 const visible = text => text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\0", "␀") || "∅";
-const percent = logprob => { const p = 100 * Math.exp(logprob); return p >= 9.95 ? p.toFixed(0) + " %" : p >= 0.1 ? p.toFixed(1) + " %" : "< 0.1 %"; };
+const percent = logprob => {
+  const p = 100 * Math.exp(logprob);
+  return p < 0.1 ? "< 0.1 %" : p.toFixed(p < 9.95 ? 1 : 0) + " %";
+};
 """
 
 # %% ../nbs/96f_page_script.ipynb #5d7a0ce5
@@ -107,7 +113,8 @@ const leaf = (parent, start, end) => {
 
 # %% ../nbs/96f_page_script.ipynb #6c0eb7b5
 SCRIPT["inline"] = r"""
-const MARKS = /(`+)([^`]+)\1|\*\*(?=\S)([^*]+)\*\*|\*(?=[^\s*])([^*\n]+)\*|(?<![\w_])_(?=\S)([^_\n]+)_(?![\w_])|~~([^~]+)~~|\[([^\]\n]+)\]\((https?:\/\/[^\s)]+)\)/g;
+const MARKS = new RegExp([/(`+)([^`]+)\1/, /\*\*(?=\S)([^*]+)\*\*/, /\*(?=[^\s*])([^*\n]+)\*/, /(?<![\w_])_(?=\S)([^_\n]+)_(?![\w_])/,
+  /~~([^~]+)~~/, /\[([^\]\n]+)\]\((https?:\/\/[^\s)]+)\)/].map(mark => mark.source).join("|"), "g");
 const TAGS = ["code", "strong", "em", "em", "del"];
 const inline = (parent, start, end) => {
   let at = start;
@@ -125,8 +132,12 @@ const inline = (parent, start, end) => {
 
 # %% ../nbs/96f_page_script.ipynb #988e5042
 SCRIPT["blocks"] = r"""
-const linesOf = text => { let at = 0; return text.split("\n").map(words => { const start = at; at += words.length + 1; return { words, start, end: start + words.length }; }); };
-const LIST = /^\s{0,3}(?:[-*+]|(\d{1,9})[.)])\s+/, FENCE = /^\s{0,3}(```+|~~~+)/, HEAD = /^(#{1,6})\s+/, QUOTE = /^\s{0,3}>\s?/, RULE = /^\s{0,3}([-*_])(\s*\1){2,}\s*$/;
+const linesOf = text => {
+  let at = 0;
+  return text.split("\n").map(words => ({ words, start: at, end: (at += words.length + 1) - 1 }));
+};
+const LIST = /^\s{0,3}(?:[-*+]|(\d{1,9})[.)])\s+/, FENCE = /^\s{0,3}(```+|~~~+)/;
+const HEAD = /^(#{1,6})\s+/, QUOTE = /^\s{0,3}>\s?/, RULE = /^\s{0,3}([-*_])(\s*\1){2,}\s*$/;
 const special = words => !words.trim() || [LIST, FENCE, HEAD, QUOTE, RULE].some(mark => mark.test(words));
 const fence = (into, lines, i) => {
   const mark = lines[i].words.match(FENCE)[1], code = h("code");
