@@ -74,17 +74,23 @@ def tokenizer_show(tokenizer: Path, text: Optional[str] = None) -> None:
 # %% ../nbs/98b_make.ipynb #42b362cf
 @command(tokenizer_app, "bench", file=Word("A text file. Default: stories of the story world."),
          vocab_size=Word("Size of the vocabulary, or several. Default: 4096.", "v"), repeats=Word("Turns; the median counts.", low=1),
-         megabytes=Word("Text to measure on, in MB.", "m", low=0.001), pattern=Word("How text is cut into words first: gpt2 or gpt4."))
+         megabytes=Word("Text to measure on, in MB.", "m", low=0.001), pattern=Word("How text is cut into words first: gpt2 or gpt4."),
+         encoder=Word("Measure the encoder's corners beside tiktoken: cold files, the worst texts, short calls, decoding, two threads."))
 def tokenizer_bench(file: Optional[Path] = None, *, vocab_size: list[int] = (), megabytes: float = 5, repeats: int = 3,
-                    pattern: str = "gpt2", seed: int = 0) -> None:
+                    pattern: str = "gpt2", seed: int = 0, encoder: bool = False) -> None:
     """Measure training and encoding beside other tokenizer libraries.
 
     \b
     slm tokenizer bench book.txt --vocab-size 4096 --vocab-size 32000
+    slm tokenizer bench book.txt --encoder --megabytes 100
     """
     from slm.data import open_source
+    from slm.encoder_bench import bench_encoder, encoder_table
     from slm.tokenizer_bench import bench_table, bench_tokenizers
     text = file or (doc["text"] for doc in open_source("storyworld", seed=seed))
+    if encoder:
+        print(encoder_table(bench_encoder(text, (list(vocab_size) or [4096])[0], megabytes, min(1, megabytes), repeats)))
+        return
     print(bench_table(bench_tokenizers(text, vocab_size or [4096], megabytes, repeats, pattern)))
 
 # %% ../nbs/98b_make.ipynb #60293fb4
