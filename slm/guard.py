@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['OPEN_PATHS', 'CAREFUL', 'NOTHING', 'Rules', 'header', 'host_name', 'check_host', 'check_origin', 'check_type',
-           'check_key', 'Gone', 'too_large', 'collect', 'read_body', 'send_error', 'Doorman', 'impatient_protocol']
+           'check_key', 'Gone', 'too_large', 'collect', 'read_body', 'send_error', 'Gate', 'Doorman',
+           'impatient_protocol']
 
 # %% ../nbs/96c_guard.ipynb #98e8a52e
 import asyncio, hmac, json
@@ -31,6 +32,7 @@ def header(headers: list[tuple[bytes, bytes]], name: str) -> str | None:
     if len(found) > 1: raise ApiError(f"the header {name} is given {len(found)} times: give it once", code="invalid_header")
     return found[0].decode("latin-1") if found else None
 
+# %% ../nbs/96c_guard.ipynb #e69eab8f
 def host_name(host: str) -> str:
     "A `Host` header without its port."
     name, colon, port = host.rpartition(":")
@@ -77,6 +79,7 @@ def too_large(rules: Rules) -> ApiError:
     "What a client hears about a body that is too large."
     return ApiError(f"the body is larger than {rules.max_body:,} bytes: send less", 413, "body_too_large")
 
+# %% ../nbs/96c_guard.ipynb #67d23926
 async def collect(receive: Callable[[], Awaitable[dict]], rules: Rules) -> bytes:
     "All of a body, counted as it comes. Raises ApiError or Gone."
     parts, size = [], 0
@@ -88,6 +91,7 @@ async def collect(receive: Callable[[], Awaitable[dict]], rules: Rules) -> bytes
         if size > rules.max_body: raise too_large(rules)
         if not message.get("more_body"): return b"".join(parts)
 
+# %% ../nbs/96c_guard.ipynb #1916608a
 async def read_body(headers: list, receive: Callable[[], Awaitable[dict]], rules: Rules) -> bytes:
     "The body of a request, within its limits of type, size and time. Raises ApiError or Gone."
     check_type(headers)
@@ -102,6 +106,7 @@ CAREFUL = [(b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-re
            (b"x-frame-options", b"DENY"), (b"cache-control", b"no-store")]
 NOTHING = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
 
+# %% ../nbs/96c_guard.ipynb #7721986d
 async def send_error(send: Callable, error: ApiError) -> None:
     "Answer an ASGI request with an error."
     body = json.dumps(error.body()).encode()
@@ -112,12 +117,28 @@ async def send_error(send: Callable, error: ApiError) -> None:
     await send({"type": "http.response.body", "body": body})
 
 # %% ../nbs/96c_guard.ipynb #385f646e
-class Doorman:
-    "An ASGI application around another: checks every request, completes every answer. `seen(path, status)` hears of each."
+class Gate:
+    "What a doorman knows: the application, the rules, and whom to tell. `seen(path, status)` hears of every request."
 
     def __init__(self, app: Callable, rules: Rules, seen: Callable[[str, int], None] = lambda path, status: None,
                  fault: Callable[[Exception], None] = lambda error: None):
         self.app, self.rules, self.seen, self.fault = app, rules, seen, fault
+
+    async def guarded(self, scope: dict, receive: Callable, send: Callable) -> None:
+        "Check, then let the application answer."
+        headers = scope["headers"]
+        check_host(headers, self.rules)
+        check_origin(headers, scope["method"], scope["path"])
+        check_key(headers, scope["path"], self.rules)
+        await self.app(scope, receive, send)
+
+    async def answer(self, send: Callable, error: ApiError, status: list[int]) -> None:
+        "Say what is wrong, unless an answer has begun already."
+        if not status: await send_error(send, error)
+
+# %% ../nbs/96c_guard.ipynb #a3b36d6b
+class Doorman(Gate):
+    "An ASGI application around another: checks every request, completes every answer."
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         "Serve one request."
@@ -136,18 +157,6 @@ class Doorman:
             self.fault(error)
             await self.answer(watched, ApiError("a fault of the server: it was noted in its log", 500, "internal"), status)
         self.seen(scope["path"], status[0] if status else 499)
-
-    async def guarded(self, scope: dict, receive: Callable, send: Callable) -> None:
-        "Check, then let the application answer."
-        headers = scope["headers"]
-        check_host(headers, self.rules)
-        check_origin(headers, scope["method"], scope["path"])
-        check_key(headers, scope["path"], self.rules)
-        await self.app(scope, receive, send)
-
-    async def answer(self, send: Callable, error: ApiError, status: list[int]) -> None:
-        "Say what is wrong, unless an answer has begun already."
-        if not status: await send_error(send, error)
 
 # %% ../nbs/96c_guard.ipynb #bd385638
 def impatient_protocol(seconds: float) -> type:

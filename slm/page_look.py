@@ -26,17 +26,21 @@ STYLE["colours"] = """
 # %% ../nbs/96e_page_look.ipynb #21f00366
 STYLE["layout"] = """
 * { box-sizing: border-box; } html, body { height: 100%; margin: 0; } [hidden] { display: none !important; }
-body { display: grid; grid-template-columns: 17rem 1fr; color: var(--ink); background: var(--paper); overflow: hidden; }
+body { display: grid; grid-template-columns: 17rem minmax(0, 1fr); color: var(--ink); background: var(--paper); overflow: hidden; }
 #side { display: flex; flex-direction: column; background: var(--side); border-right: 1px solid var(--line); padding: .9rem .7rem;
   min-height: 0; }
 #brand { display: flex; align-items: center; gap: .55rem; font-weight: 650; letter-spacing: .01em; padding: .1rem .4rem .8rem; }
 #brand svg { width: 1.5rem; height: 1.5rem; color: var(--accent); } #brand small { color: var(--soft); font-weight: 400; }
-main { display: grid; grid-template-rows: auto 1fr auto; min-width: 0; min-height: 0; height: 100dvh; }
+main { display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr); min-width: 0; min-height: 0; height: 100dvh; }
 header { display: flex; align-items: center; gap: .4rem; padding: .55rem 1rem; border-bottom: 1px solid var(--line); }
 header h1 { flex: 1; margin: 0; font-size: 1rem; font-weight: 600; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 #log { overflow-y: auto; padding: 1.4rem 1rem 1rem; scroll-behavior: smooth; } #log > * { max-width: 46rem; margin-inline: auto; }
+"""
+
+# %% ../nbs/96e_page_look.ipynb #ef613083
+STYLE["drawer"] = """
 #menu { display: none; } #veil { display: none; }
-@media (max-width: 760px) { body { grid-template-columns: 1fr; } #menu { display: grid; } #log { padding-inline: .8rem; }
+@media (max-width: 760px) { body { grid-template-columns: minmax(0, 1fr); } #menu { display: grid; } #log { padding-inline: .8rem; }
   #side { position: fixed; inset: 0 auto 0 0; width: min(18rem, 84vw); z-index: 5; transform: translateX(-102%);
     transition: transform .18s; }
   body.open #side { transform: none; box-shadow: var(--shadow); } body.open #veil { display: block; position: fixed; inset: 0;
@@ -72,6 +76,10 @@ STYLE["lists"] = """
   #chats .now .small { opacity: 1; }
 #feet { display: flex; gap: .3rem; border-top: 1px solid var(--line); padding-top: .6rem; margin-top: .6rem; }
   #feet a { color: var(--soft); font-size: .85rem; align-self: center; margin-left: auto; }
+"""
+
+# %% ../nbs/96e_page_look.ipynb #95949c4f
+STYLE["box"] = """
 #box { padding: .2rem 1rem .7rem; } #box > * { max-width: 46rem; margin-inline: auto; }
 #field { display: flex; align-items: flex-end; gap: .4rem; background: var(--raised); border: 1px solid var(--line);
   border-radius: 1.15rem; padding: .4rem .45rem .4rem 1rem; box-shadow: var(--shadow); }
@@ -91,6 +99,10 @@ STYLE["messages"] = """
   white-space: pre-wrap; overflow-wrap: anywhere; }
 .assistant .said { overflow-wrap: anywhere; border-radius: .4rem; } .said > :first-child { margin-top: 0; }
   .said > :last-child { margin-bottom: 0; }
+"""
+
+# %% ../nbs/96e_page_look.ipynb #d3258c08
+STYLE["markdown"] = """
 .said p { margin: .6em 0; } .said h3, .said h4 { margin: 1em 0 .4em; line-height: 1.3; } .said ul, .said ol { margin: .6em 0;
   padding-left: 1.5em; }
 .said blockquote { margin: .7em 0; padding-left: .9em; border-left: 3px solid var(--line); color: var(--soft); }
@@ -98,6 +110,10 @@ STYLE["messages"] = """
 .said code { font: .9em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; } .said :not(pre) > code { background: var(--side);
   border-radius: .3rem; padding: .1em .3em; }
 .said a { color: var(--accent); } .said hr { border: 0; border-top: 1px solid var(--line); }
+"""
+
+# %% ../nbs/96e_page_look.ipynb #b72a5b70
+STYLE["tools"] = """
 .tools { display: flex; align-items: center; gap: .1rem; min-height: 1.9rem; margin-top: .25rem; color: var(--soft); font-size: .8rem; }
   .tools span { padding: 0 .35rem; }
 .user .tools { opacity: 0; } .user:hover .tools, .user:focus-within .tools { opacity: 1; }
@@ -118,13 +134,18 @@ STYLE["tokens"] = """
 body.tint .t { background: color-mix(in oklab, var(--unsure) calc((1 - var(--p)) * 75%), transparent); }
 #card { position: fixed; z-index: 9; width: 16.5rem; background: var(--raised); border: 1px solid var(--line); border-radius: .8rem;
   box-shadow: var(--shadow); padding: .6rem .55rem .5rem; font-size: .85rem; }
+"""
+
+# %% ../nbs/96e_page_look.ipynb #ae536312
+STYLE["alternatives"] = """
 #card p { margin: 0 .35rem .4rem; color: var(--soft); } #card b { color: var(--ink); font-family: ui-monospace, Menlo, Consolas,
   monospace; }
 #card button { position: relative; display: flex; width: 100%; justify-content: space-between; gap: .6rem; padding: .22rem .5rem;
   margin-top: 2px; overflow: hidden; isolation: isolate; }
 #card button::before { content: ""; position: absolute; inset: 0 auto 0 0; width: calc(var(--p) * 100%); background: color-mix(in oklab,
   var(--accent) 24%, transparent); z-index: -1; border-radius: .4rem; }
-#card .chosen { font-weight: 650; } #card code { font: inherit; font-family: ui-monospace, Menlo, Consolas, monospace; white-space: pre;
+#card .chosen { font-weight: 650; opacity: 1; } #card code { font: inherit; font-family: ui-monospace, Menlo, Consolas, monospace;
+  white-space: pre;
   overflow: hidden; text-overflow: ellipsis; }
 """
 
@@ -141,6 +162,10 @@ dialog input, dialog textarea { width: 100%; font: inherit; color: inherit; back
 dialog input[type="range"] { padding: 0; accent-color: var(--accent); } dialog .ends { display: flex; justify-content: flex-end;
   gap: .5rem; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .9rem; }
+"""
+
+# %% ../nbs/96e_page_look.ipynb #64435555
+STYLE["hello"] = """
 #hello { text-align: center; padding-top: 12vh; } #hello svg { width: 3.2rem; height: 3.2rem; color: var(--accent); }
   #hello h2 { margin: .4rem 0 .2rem; font-weight: 600; }
 #hello p { color: var(--soft); margin: 0 auto 1.4rem; max-width: 30rem; } #hello .plain { display: block; width: min(26rem, 100%);
@@ -152,9 +177,9 @@ dialog input[type="range"] { padding: 0; accent-color: var(--accent); } dialog .
 ICONS = {
     "leaf": "M5 19c0-9 5-14 15-14 0 10-5 15-14 14 M5 19c3-5 6-7 9-8", "plus": "M12 5v14M5 12h14", "menu": "M4 7h16M4 12h16M4 17h16",
     "gear": "M4 7h9M17 7h3M4 17h3M11 17h9M15 4.8v4.4M9 14.8v4.4", "send": "M12 19V5M6 11l6-6 6 6", "stop": "M7 7h10v10H7z",
-    "again": "M19 8a8 8 0 1 0 1 6M20 4v5h-5", "copy": "M9 9h11v11H9zM5 15V4h11", 
+    "again": "M19 8a8 8 0 1 0 1 6M20 4v5h-5", "copy": "M9 9h11v11H9zM5 15V4h11",
     "edit": "M4 20l1-4L16 5l3 3L8 19z", "bin": "M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13",
-    "drop": "M12 4c4 5 6 8 6 11a6 6 0 0 1-12 0c0-3 2-6 6-11z", 
+    "drop": "M12 4c4 5 6 8 6 11a6 6 0 0 1-12 0c0-3 2-6 6-11z",
     "theme": "M12 3a9 9 0 1 0 9 9 7 7 0 0 1-9-9z", "left": "M14 6l-6 6 6 6", "right": "M10 6l6 6-6 6",
 }
 
@@ -177,6 +202,7 @@ SIDE = f"""<aside id="side" aria-label="Conversations"><div id="brand">{icon("le
 <a href="/docs">API</a></div></aside>
 <div id="veil"></div>"""
 
+# %% ../nbs/96e_page_look.ipynb #78628aa6
 MIDDLE = f"""<main><header>{button("menu", "Conversations", "menu")}<h1 id="title">New conversation</h1>
 {button("tint", "Show where the model was unsure (Alt+U)", "drop", more=' aria-pressed="false"')}
 {button("gear", "Settings", "gear")}</header>
@@ -193,6 +219,7 @@ def slider(name: str, words: str, most: str, step: str) -> str:
     return (f'<label><span>{words}<output id="{name}-shown"></output></span>'
             f'<input id="{name}" type="range" min="0" max="{most}" step="{step}"></label>')
 
+# %% ../nbs/96e_page_look.ipynb #def2c676
 SETTINGS = f"""<dialog id="settings" aria-labelledby="settings-title"><form method="dialog"><h2 id="settings-title">Settings</h2>
 <label><span>System prompt</span><textarea id="system" rows="3" placeholder="What the model should keep in mind"></textarea></label>
 {slider("temperature", "Temperature: how daring", "2", "0.05")}{slider("top_p", "Top-p: only the likeliest tokens that reach", "1", "0.01")}
@@ -202,6 +229,7 @@ SETTINGS = f"""<dialog id="settings" aria-labelledby="settings-title"><form meth
 <div class="ends"><button class="main">Done</button></div></form></dialog>
 <div id="card" role="dialog" aria-label="Alternatives" hidden></div>"""
 
+# %% ../nbs/96e_page_look.ipynb #bd59fa79
 def skeleton() -> str:
     "The body of the page."
     return f'<svg hidden aria-hidden="true">{symbols()}</svg>{SIDE}{MIDDLE}{SETTINGS}'

@@ -22,6 +22,10 @@ const h = (tag, props = {}, ...kids) => {             // an element; text goes i
   el.append(...kids.filter(kid => kid !== null && kid !== undefined));
   return el;
 };
+"""
+
+# %% ../nbs/96f_page_script.ipynb #873aadc7
+SCRIPT["pictures"] = r"""
 const picture = name => {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg"), use = document.createElementNS(svg.namespaceURI, "use");
   use.setAttribute("href", "#i-" + name), svg.append(use), svg.setAttribute("aria-hidden", "true");
@@ -39,6 +43,10 @@ const write = (name, value) => {
   try { localStorage.setItem("slm-" + name, JSON.stringify(value)); return true; } catch { return false; }
 };
 const memory = { chats: read("chats", []), now: read("now", null), settings: { ...DEFAULTS, ...read("settings", {}) } };
+"""
+
+# %% ../nbs/96f_page_script.ipynb #b330094f
+SCRIPT["saving"] = r"""
 const save = () => {
   if (!write("chats", memory.chats)) {
     for (const chat of memory.chats.slice(1)) for (const m of chat.messages) for (const v of m.versions ?? []) v.tokens = [];
@@ -77,6 +85,10 @@ async function* events(response) {
     if (done) return;
   }
 }
+"""
+
+# %% ../nbs/96f_page_script.ipynb #a9668fa2
+SCRIPT["posting"] = r"""
 const problem = (message, status = 0, retry = 0) => Object.assign(new Error(message), { status, retry });
 async function post(path, body, signal) {
   const headers = { "Content-Type": "application/json" };
@@ -98,6 +110,10 @@ const first = place => {                               // number of the token in
   while (low < high) { const mid = (low + high) >> 1; page.places[mid][1] <= place ? (low = mid + 1) : (high = mid); }
   return low;
 };
+"""
+
+# %% ../nbs/96f_page_script.ipynb #8a9b0bf3
+SCRIPT["leaf"] = r"""
 const leaf = (parent, start, end) => {
   let at = start;
   for (let i = first(start); i < page.places.length && at < end; i++) {
@@ -116,6 +132,10 @@ SCRIPT["inline"] = r"""
 const MARKS = new RegExp([/(`+)([^`]+)\1/, /\*\*(?=\S)([^*]+)\*\*/, /\*(?=[^\s*])([^*\n]+)\*/, /(?<![\w_])_(?=\S)([^_\n]+)_(?![\w_])/,
   /~~([^~]+)~~/, /\[([^\]\n]+)\]\((https?:\/\/[^\s)]+)\)/].map(mark => mark.source).join("|"), "g");
 const TAGS = ["code", "strong", "em", "em", "del"];
+"""
+
+# %% ../nbs/96f_page_script.ipynb #64fd3509
+SCRIPT["marks"] = r"""
 const inline = (parent, start, end) => {
   let at = start;
   for (const found of page.text.slice(start, end).matchAll(MARKS)) {
@@ -139,6 +159,10 @@ const linesOf = text => {
 const LIST = /^\s{0,3}(?:[-*+]|(\d{1,9})[.)])\s+/, FENCE = /^\s{0,3}(```+|~~~+)/;
 const HEAD = /^(#{1,6})\s+/, QUOTE = /^\s{0,3}>\s?/, RULE = /^\s{0,3}([-*_])(\s*\1){2,}\s*$/;
 const special = words => !words.trim() || [LIST, FENCE, HEAD, QUOTE, RULE].some(mark => mark.test(words));
+"""
+
+# %% ../nbs/96f_page_script.ipynb #8df16970
+SCRIPT["fence"] = r"""
 const fence = (into, lines, i) => {
   const mark = lines[i].words.match(FENCE)[1], code = h("code");
   let last = i + 1;
@@ -147,6 +171,10 @@ const fence = (into, lines, i) => {
   into.append(h("pre", {}, code));
   return last + 1;
 };
+"""
+
+# %% ../nbs/96f_page_script.ipynb #f3964df1
+SCRIPT["list"] = r"""
 const list = (into, lines, i) => {
   const ordered = lines[i].words.match(LIST)[1], box = h(ordered ? "ol" : "ul", ordered ? { start: Number(ordered) } : {});
   for (let mark; i < lines.length && (mark = lines[i].words.match(LIST)) && Boolean(mark[1]) === Boolean(ordered); i++) {
@@ -158,7 +186,7 @@ const list = (into, lines, i) => {
 };
 """
 
-# %% ../nbs/96f_page_script.ipynb #2b2966a8
+# %% ../nbs/96f_page_script.ipynb #615d1d11
 SCRIPT["markdown"] = r"""
 const run = (into, lines, i, tag, cut, goesOn) => {    // following lines of one kind in one element
   const el = h(tag);
@@ -169,6 +197,10 @@ const run = (into, lines, i, tag, cut, goesOn) => {    // following lines of one
   into.append(el);
   return i;
 };
+"""
+
+# %% ../nbs/96f_page_script.ipynb #5d7a9bbe
+SCRIPT["document"] = r"""
 const markdown = (into, text, tokens) => {
   page = { text, tokens, places: places(tokens) };
   const lines = linesOf(text);

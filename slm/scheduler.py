@@ -55,6 +55,10 @@ class Turns:
         if len(line): self.lines[name] = line
         return job
 
+# %% ../nbs/96d_scheduler.ipynb #e9721ec2
+class Turns(Turns):
+    "A queue of queues: the lines take turns, and within a line the rule is the same one level down."
+
     def remove(self, job: Job, path: tuple[str, ...]) -> bool:
         "Walk away; whether the job was there."
         if path: return path[0] in self.lines and self.lines[path[0]].remove(job, path[1:])
@@ -72,6 +76,10 @@ class Turns(Turns):
         if path and path[0] in self.lines and not len(self.lines[path[0]]): del self.lines[path[0]]
         return present
 
+# %% ../nbs/96d_scheduler.ipynb #b495f343
+class Turns(Turns):
+    "A queue of queues: the lines take turns, and within a line the rule is the same one level down."
+
     def greediest(self, path: tuple[str, ...] = ()) -> Job:
         "The newest job of the longest line; of equally long ones, that on `path`."
         if not self.lines: return self.jobs[-1]
@@ -85,6 +93,7 @@ def busy(waiting: int, seconds_each: float, slots: int) -> ApiError:
     retry = min(60, max(1, math.ceil(waiting * seconds_each / slots / 2)))
     return ApiError(f"{waiting} requests are waiting already: try again in {retry} s", 429, "busy", retry=retry)
 
+# %% ../nbs/96d_scheduler.ipynb #2257a591
 class Waiting(Turns):
     "The queue of a server: at most `limit` jobs."
 
@@ -136,6 +145,10 @@ class Desk:
         if victim is job: raise error
         self.post([(victim, error)])
 
+# %% ../nbs/96d_scheduler.ipynb #53095549
+class Desk(Desk):
+    "The side of the scheduler that other threads talk to."
+
     def cancel(self, job: Job) -> None:
         "The client has left. A waiting job goes at once, a running one before the next step."
         with self.mail.lock:
@@ -175,6 +188,10 @@ class Clerk(Desk):
             self.watch("cancelled", 1)
         self.mail.leaving.clear()
 
+# %% ../nbs/96d_scheduler.ipynb #170ea83c
+class Clerk(Clerk):
+    "The side of the scheduler that its own thread runs."
+
     def admit(self) -> Iterator[tuple[Job, ApiError]]:
         "Fill free slots from the queue; jobs that the engine refuses come back with the reason."
         while len(self.mail.waiting) and len(self.running) < self.slots:
@@ -210,6 +227,10 @@ class Scheduler(Clerk):
         "Wait for the thread to end after `close`; whether it has."
         self.thread.join(timeout)
         return not self.thread.is_alive()
+
+# %% ../nbs/96d_scheduler.ipynb #53855ead
+class Scheduler(Scheduler):
+    "Drives an engine in a thread of its own. `start`, `submit`, `cancel`, `close`; `join` waits for the end."
 
     def run(self) -> None:
         "What the thread does until it is closed."
@@ -248,6 +269,10 @@ class Scheduler(Scheduler):
         batch = [(self.running[id(event.request)], event) for event in events if id(event.request) in self.running]
         for job, event in batch: self.note(job, event)
         return batch
+
+# %% ../nbs/96d_scheduler.ipynb #9f179a46
+class Scheduler(Scheduler):
+    "Drives an engine in a thread of its own. `start`, `submit`, `cancel`, `close`; `join` waits for the end."
 
     def note(self, job: Job, event: object) -> None:
         "Keep the books: time to the first token, tokens, and the end."

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib import import_module
 
 import torch
 
@@ -31,6 +32,7 @@ def too_long(n: int, room: int, unit: str = "tokens") -> ApiError:
     code = "context_length_exceeded"
     return ApiError(f"the prompt has {n} {unit}, but prompt and answer together may have {room} tokens: shorten it", 400, code, "messages")
 
+# %% ../nbs/96h_serving.ipynb #d6ac57cd
 def check_size(n_bytes: int, lm: LM, longest: int) -> None:
     "Raise ApiError for a text with so many bytes that no tokenizer can make it fit."
     room = lm.model.config.context_length
@@ -45,6 +47,7 @@ def chat_prompt(lm: LM, ask: Ask) -> list[int]:
     before = messages[:-1] or [{"role": "user", "content": ""}]
     return [*lm.chat_ids(before), *lm.tokenizer.encode(last["content"])]
 
+# %% ../nbs/96h_serving.ipynb #0e9c3eeb
 def prepare(lm: LM, ask: Ask, is_chat: bool, longest: int) -> list[list[int]]:
     "The ids of every prompt of a request. Raises ApiError for one that does not fit, or cannot be encoded."
     words = [m["content"] for m in ask.prompts] if is_chat else [p for p in ask.prompts if isinstance(p, str)]
@@ -55,7 +58,8 @@ def prepare(lm: LM, ask: Ask, is_chat: bool, longest: int) -> list[list[int]]:
     room = lm.model.config.context_length
     for ids in prompts:
         if len(ids) >= room: raise too_long(len(ids), room)
-        if not all(0 <= i < lm.tokenizer.vocab_size for i in ids): raise ApiError("an id of the prompt does not exist", 400, "invalid_prompt")
+        known = all(0 <= i < lm.tokenizer.vocab_size for i in ids)
+        if not known: raise ApiError("an id of the prompt does not exist", 400, "invalid_prompt")
     return prompts
 
 # %% ../nbs/96h_serving.ipynb #da007c5a
@@ -74,10 +78,11 @@ def schema_of(form: dict) -> dict:
     "The JSON Schema that a `response_format` asks for."
     return form["json_schema"]["schema"] if form["type"] == "json_schema" else {"type": "object"}
 
+# %% ../nbs/96h_serving.ipynb #42710f77
 def compile_form(tokenizer: object, schema: dict) -> object:
     "A compiled constraint for a JSON Schema. Raises ApiError for one that is not supported or too costly."
-    from slm.constrain import compile_constraint
-    try: return compile_constraint(tokenizer, json_schema=schema)
+    constrain = import_module("slm.constrain")                # heavy, and needed by few
+    try: return constrain.compile_constraint(tokenizer, json_schema=schema)
     except SLMError as error: raise ApiError(str(error), 400, "invalid_schema", "response_format") from None
 
 def refuse_form(why: str) -> ApiError:
@@ -103,6 +108,10 @@ class Forms:
         while len(self.known) > self.keep: self.known.popitem(last=False)
         return self.known[key]
 
+# %% ../nbs/96h_serving.ipynb #b2238fde
+class Forms(Forms):
+    "Compiled forms, at most `keep`, made one at a time and within `seconds`."
+
     async def build(self, schema: dict) -> object:
         "Compile, in the thread for it."
         if self.waiting >= self.most_waiting: raise ApiError("too many schemas are being compiled: try again", 429, "busy", retry=2)
@@ -124,6 +133,7 @@ COUNTERS = {"prompt_tokens": "Tokens of prompts.", "tokens": "Tokens written.", 
             "cancelled": "Answers whose client left.", "engine_faults": "Times the engine failed."}
 TIMES = {"first_token_seconds": "From a request to its first token.", "queue_seconds": "In the queue."}
 
+# %% ../nbs/96h_serving.ipynb #6de7640a
 class Meters:
     "The server's counters. `paths` are the labels that requests may have."
 
@@ -144,6 +154,10 @@ class Meters:
         "Note a request."
         self.requests.labels(path if path in self.paths else "other", str(status)).inc()
 
+# %% ../nbs/96h_serving.ipynb #a1ab1610
+class Meters(Meters):
+    "The server's counters. `paths` are the labels that requests may have."
+
     def gauge(self, name: str, help: str, read: Callable[[], float]) -> None:
         "A value that is read when somebody asks."
         from prometheus_client import Gauge
@@ -163,6 +177,7 @@ class Sizes:
     max_together: int = 64          # answers that one request may ask for
     grace: float = 5.0              # seconds that running answers get when the server stops
 
+# %% ../nbs/96h_serving.ipynb #701e2f89
 class Service:
     "A model with its scheduler, forms and counters. `load` is called in the background."
 
@@ -177,6 +192,10 @@ class Service:
         "ok, loading or stopping."
         return "stopping" if self.stopping else "loading" if self.lm is None else "ok"
 
+# %% ../nbs/96h_serving.ipynb #4645fef5
+class Service(Service):
+    "A model with its scheduler, forms and counters. `load` is called in the background."
+
     def open(self) -> None:
         "Load the model and start the scheduler. What goes wrong is kept in `failed`."
         try:
@@ -189,6 +208,10 @@ class Service:
             self.meters.gauge("active", "Answers in a slot.", lambda: len(self.scheduler.running))
             self.lm = lm
         except Exception as error: self.failed = error
+
+# %% ../nbs/96h_serving.ipynb #10326612
+class Service(Service):
+    "A model with its scheduler, forms and counters. `load` is called in the background."
 
     def post(self, batch: list) -> None:
         "Pass events to the loop that listens to clients, all of a step at once."
@@ -203,6 +226,10 @@ class Service:
         future = asyncio.get_running_loop().run_in_executor(self.pool, work, *args)
         try: return await asyncio.wait_for(future, seconds)
         except asyncio.TimeoutError: raise ApiError("the request took too long to read: send less", 413, "too_slow") from None
+
+# %% ../nbs/96h_serving.ipynb #2efc5a2c
+class Service(Service):
+    "A model with its scheduler, forms and counters. `load` is called in the background."
 
     async def errand(self, work: Callable, *args: object) -> object:
         "Have work done with the model, between two of the scheduler's steps."

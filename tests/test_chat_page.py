@@ -22,9 +22,11 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--remote-debugging-pipe", "--window-size=1180,820", "--hide-scrollbars"]
-STORY = ("# The Red Kite\n\nOnce upon a time a fox named **Tom** had a *red kite*. One day the wind took it.\n\n- He looked by the river.\n"
-         "- He looked on the hill.\n\n> \"There it is!\" said Mia.\n\nTom said `thank you`, and they flew it together until the sun went down.")
-TALKS = [("Tell me a story about a fox who lost a kite.", STORY), ("Who is your best friend?", "My best friend is Mia. She has a blue boat."),
+STORY = ("# The Red Kite\n\nOnce upon a time a fox named **Tom** had a *red kite*. One day the wind took it.\n\n"
+         "- He looked by the river.\n- He looked on the hill.\n\n> \"There it is!\" said Mia.\n\n"
+         "Tom said `thank you`, and they flew it together until the sun went down.")
+TALKS = [("Tell me a story about a fox who lost a kite.", STORY),
+         ("Who is your best friend?", "My best friend is Mia. She has a blue boat."),
          ("Who has the kite?", "Tom has the kite, and Mia has the string."), ("Is it red?", "Yes, it is red 🪁 and very fast.")]
 
 
@@ -158,7 +160,7 @@ def page(server, tmp_path):
     browser.run("localStorage.setItem('slm-settings', JSON.stringify({ temperature: 0.7, seed: '1' }))")
     browser.open(server.url)
     yield browser
-    wrong = [line for line in browser.said if "favicon" not in line and "429" not in line and "422" not in line]
+    wrong = [line for line in browser.said if "favicon" not in line and "status of 4" not in line]    # 4…: refusals
     browser.close()
     assert not wrong, wrong                         # no exception in the script, nothing that the policy had to stop
 
@@ -188,11 +190,14 @@ def test_send_stream_and_reload(page, server):
     assert page.run("return ['h3', 'strong', 'em', 'li', 'blockquote', 'code'].every(t => document.querySelector('.assistant ' + t))")
     assert "tokens/s" in page.run("return document.querySelector('.assistant .tools').innerText")
     assert "of 256 tokens" in page.run("return document.getElementById('room').innerText")
-    ask(page, TALKS[1][0])
     page.shot("light-talk")
+    page.run("document.getElementById('new').click()")
+    second = ask(page, TALKS[1][0])
     page.open(server.url)                             # everything is still there
-    assert page.run("return document.querySelectorAll('.turn').length") == 4 and TALKS[1][1] in page.run(f"return {LAST}")
-    assert page.run("return document.querySelectorAll('#chats .open').length") == 1
+    assert page.run("return document.querySelectorAll('.turn').length") == 2 and page.run(f"return {LAST}") == second
+    assert page.run("return document.querySelectorAll('#chats .open').length") == 2
+    page.click("#chats .open", 1)
+    assert page.run(f"return {LAST}") == said
 
 
 def test_alternatives_at_a_token_and_branches(page):
@@ -211,7 +216,8 @@ def test_alternatives_at_a_token_and_branches(page):
     assert page.run(f"return {LAST}") == said
     page.run("document.querySelector('.assistant .said').focus()")
     page.key("ArrowRight"), page.key("ArrowRight")
-    assert page.run("return document.querySelector('.t.at').dataset.i") == "1" and not page.run("return document.getElementById('card').hidden")
+    assert page.run("return document.querySelector('.t.at').dataset.i") == "1"
+    assert not page.run("return document.getElementById('card').hidden")
     page.key("Escape")
     assert page.run("return document.getElementById('card').hidden")
     page.click("#tint")
@@ -220,11 +226,8 @@ def test_alternatives_at_a_token_and_branches(page):
 
 
 def test_stop_retry_edit_and_errors(page, server):
-    page.run("for (const e of ['input']) { document.getElementById('max_tokens').value = 200; }")
     said = ask(page, TALKS[0][0])
     page.click(".assistant .tools button[title='Try again']")
-    page.type("")
-    page.wait("document.getElementById('stop') && (!document.getElementById('stop').hidden || true)")
     page.key("Escape")                                  # stop at once
     page.wait(DONE)
     tools = page.run("return document.querySelector('.assistant .tools').innerText")
@@ -273,8 +276,9 @@ def test_dark_narrow_settings_and_deletion(page):
 def test_what_a_user_writes_never_becomes_html(page):
     evil = "<img src=x onerror=document.title='owned'> <script>document.title='owned'</script>"
     ask(page, evil)
-    assert page.run("return document.title") != "owned" and page.run("return document.querySelectorAll('#log img, #log script').length") == 0
+    assert page.run("return document.title") != "owned"
+    assert page.run("return document.querySelectorAll('#log img, #log script').length") == 0
     assert page.run("return document.querySelector('.user .said').textContent") == evil
-    blocked = page.run("const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s); return window.ran")
-    assert blocked is None                              # the policy stops even a script that got in
+    page.run("const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)")
+    assert page.run("return window.ran") is None                              # the policy stops even a script that got in
     page.said.clear()
