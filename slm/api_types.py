@@ -27,6 +27,7 @@ class ApiError(SLMError):
     def __init__(self, message: str, status: int = 400, code: str | None = None, param: str | None = None, retry: int | None = None):
         super().__init__(message)
         self.status, self.code, self.param, self.retry = status, code, param, retry
+        self.allow: str | None = None                           # methods that would have been served, for status 405
 
     def body(self) -> dict:
         "The error as clients expect it."
@@ -41,8 +42,8 @@ def finite(digits: str) -> float:
     return value
 
 def whole(digits: str) -> int:
-    "A whole number of at most 30 digits. Raises ApiError."
-    if len(digits) > 30: raise ApiError(f"a whole number of {len(digits)} digits is too long: at most 30", code="invalid_json")
+    "A whole number of at most 400 digits. Raises ApiError."
+    if len(digits) > 400: raise ApiError(f"a whole number of {len(digits)} digits is too long: at most 400", code="invalid_json")
     return int(digits)
 
 def no_constant(word: str) -> float:
@@ -221,7 +222,7 @@ CHAT = thing(SHARED | UNSERVED | {
 # %% ../nbs/96a_api_types.ipynb #2071872a
 TOKEN = {"type": "integer", "minimum": 0, "maximum": 2**24}
 TEXT = thing(SHARED | UNSERVED | {
-    "prompt": {"anyOf": [text(LONG), listed({"anyOf": [text(LONG), TOKEN, listed(TOKEN, 2**18, 1)]}, 2**18, 1)],
+    "prompt": {"anyOf": [text(LONG), listed(text(LONG), 64, 1), listed(TOKEN, 2**18, 1), listed(listed(TOKEN, 2**18, 1), 64, 1)],
                "description": "A text, several texts, the ids of one, or the ids of several."},
     "echo": flag("Begin the answer with the prompt."),
     "logprobs": number(0, 20, None, "Give each token's log-probability and those of so many alternatives.", "integer"),

@@ -111,6 +111,7 @@ async def send_error(send: Callable, error: ApiError) -> None:
     "Answer an ASGI request with an error."
     body = json.dumps(error.body()).encode()
     more = [(b"retry-after", str(error.retry).encode())] if error.retry else []
+    more += [(b"allow", error.allow.encode())] if error.allow else []
     more += [(b"www-authenticate", b"Bearer")] * (error.status == 401) + [(b"connection", b"close")] * (error.status in (408, 413))
     head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
     await send({"type": "http.response.start", "status": error.status, "headers": head})

@@ -61,7 +61,7 @@ async def tokenize(service: Service, rules: Rules, scope: dict, receive: Callabl
         ids = await service.aside(tok.encode, body["text"])
         return await send_json(send, {"tokens": ids, "count": len(ids)})
     ids = [int(i) for i in body["tokens"]]
-    if any(i >= tok.vocab_size for i in ids): raise ApiError(f"ids run from 0 to {tok.vocab_size - 1}", 400, "invalid_prompt", "tokens")
+    if any(i >= tok.vocab_size for i in ids): raise ApiError(f"ids run from 0 to {tok.vocab_size - 1}", 404, "no_such_token", "tokens")
     await send_json(send, {"text": await service.aside(tok.decode, ids)})
 
 # %% ../nbs/96z_serve.ipynb #32dc9dc5
@@ -144,7 +144,9 @@ def create_app(service: Service, rules: Rules, log: bool = False) -> Doorman:
     async def route(scope: dict, receive: Callable, send: Callable) -> None:
         try: await app.router(scope | {"app": app}, receive, send)                  # the router alone: errors are the doorman's
         except HTTPException as error:
-            raise ApiError(f"{error.detail}: see /docs for what is served", error.status_code, "not_served") from None
+            refused = ApiError(f"{error.detail}: see /docs for what is served", error.status_code, "not_served")
+            refused.allow = (error.headers or {}).get("Allow")
+            raise refused from None
 
     def seen(path: str, status: int) -> None:
         service.meters.seen(path, status)

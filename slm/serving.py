@@ -59,7 +59,7 @@ def prepare(lm: LM, ask: Ask, is_chat: bool, longest: int) -> list[list[int]]:
     for ids in prompts:
         if len(ids) >= room: raise too_long(len(ids), room)
         known = all(0 <= i < lm.tokenizer.vocab_size for i in ids)
-        if not known: raise ApiError("an id of the prompt does not exist", 400, "invalid_prompt")
+        if not known: raise ApiError("an id of the prompt does not exist", 404, "no_such_token", "prompt")
     return prompts
 
 # %% ../nbs/96h_serving.ipynb #da007c5a
