@@ -33,7 +33,7 @@ from test_pretrain import CONFIG, batch_at, boom, everything, forker, fresh, go,
 
 from slm.artifacts import ArtifactError, latest_checkpoint, load_checkpoint, rotate, save_checkpoint, step_folders
 from slm.config import ConfigError, ModelConfig, from_dict, override, rng
-from slm.data import Pack, write_corpus, write_pack
+from slm.data import Pack, open_source, write_corpus, write_pack
 from slm.optim import TrainConfig
 from slm.pretrain import load_model, read_log
 from slm.steps import TrainingError, append_log
@@ -271,7 +271,8 @@ def test_r14_clocks_do_not_matter(saved):
 def test_r17_damaged_packs_are_refused_by_name(tmp_path):
     texts = [{"text": f"The fox saw {n} birds and went home."} for n in range(60)]
     tok = BPETokenizer.train([t["text"] for t in texts], vocab_size=270)
-    write_corpus(iter(texts), tmp_path / "corpus", val_fraction=0.2)
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(t) + "\n" for t in texts))
+    write_corpus(open_source(str(tmp_path / "texts.jsonl")), tmp_path / "corpus", val_fraction=0.2)
     write_pack(tmp_path / "corpus", tok, tmp_path / "pack", progress=False)
     shard = tmp_path / "pack" / "train-00000.bin"
     data = shard.read_bytes()
