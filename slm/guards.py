@@ -30,7 +30,7 @@ def row_bytes(shape: ModelConfig, T: int, recompute: bool = False) -> int:
     numbers = activation_numbers(one, T) + shape.n_layer * shape.d_model if recompute else activation_numbers(shape, T)
     return 4 * T * (numbers - shape.vocab_size)
 
-
+# %% ../nbs/52d_guards.ipynb #f0ad73cb
 def rows_that_fit(model: nn.Module, rows: int, T: int, recompute: bool, free: int | None) -> int:
     "The largest of rows, rows/2, rows/4 … whose step fits into `free` bytes with a tenth to spare; 1 when none does."
     gradients = sum(4 * p.numel() for p in model.parameters() if p.requires_grad)
@@ -61,7 +61,7 @@ def is_spike(recent: list[float], loss: float, sigmas: float | None) -> bool:
         return False
     return loss > statistics.fmean(recent) + sigmas * max(statistics.pstdev(recent), 1e-3)
 
-
+# %% ../nbs/52d_guards.ipynb #61278282
 def remember(recent: list[float], loss: float) -> list[float]:
     "The recent losses with one more, the oldest dropped."
     return [*recent, loss][-MEMORY:]
@@ -80,7 +80,7 @@ def bad_outputs(model: nn.Module, names: list[str]) -> list[torch.utils.hooks.Re
         return lambda module, inputs, out: names.append(name) if isinstance(out, Tensor) and not out.isfinite().all() else None
     return [module.register_forward_hook(look(name)) for name, module in model.named_modules() if name]
 
-
+# %% ../nbs/52d_guards.ipynb #1248482f
 def bad_numbers(model: nn.Module) -> str:
     "The gradient at fault: the last one, seen from the input, that is not finite, or else the longest."
     norms = {name: float(p.grad.detach().float().norm()) for name, p in model.named_parameters() if p.grad is not None}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_tokenizer', 'tokenizer_train', 'tokenizer_encode', 'tokenizer_show', 'tokenizer_compare', 'tokenizer_bench',
-           'pack_corpus', 'data_prepare', 'data_check', 'split_settings', 'training_config', 'announce',
+           'pack_corpus', 'data_prepare', 'data_check', 'split_settings', 'training_config', 'announce', 'held_out',
            'start_pretraining', 'sft_command', 'dpo_command', 'quantize_command', 'export_command', 'import_command',
            'plan_lines', 'plan_command']
 
@@ -183,6 +183,11 @@ def announce(out: Path, summary: dict, quiet: bool = False) -> None:
     write("" if quiet else f"{out}  ·  {describe(figures)}\n")
 
 # %% ../nbs/98b_make.ipynb #5cac8611
+def held_out(pack: object, tok: object) -> tuple[list[list[int]], list[int]]:
+    """Up to 48 documents that the model does not see, and their bytes."""
+    docs = list(pack.documents("val", 48))
+    return docs, [len(tok.decode_bytes(doc[1:-1])) for doc in docs]
+
 def start_pretraining(pack_dir: Path, tok_dir: Path, preset_name: str, shape: list[str], config: object, out: Path, quiet: bool,
                       **more) -> dict:
     """Build the model that a preset and settings describe, and train it on a pack; `more` goes to `train`, whose summary is returned."""
@@ -197,8 +202,7 @@ def start_pretraining(pack_dir: Path, tok_dir: Path, preset_name: str, shape: li
     pack, tok = Pack(pack_dir), load_tokenizer(tok_dir)
     model_config = override(preset(preset_name), [f"vocab_size={tok.vocab_size}", *shape])
     seed_everything(config.seed)
-    docs = list(pack.documents("val", 48))
-    sizes = [len(tok.decode_bytes(doc[1:-1])) for doc in docs]
+    docs, sizes = held_out(pack, tok)
     batch_at = lambda step: pack.batch("train", config.seed, step, config.batch_size, config.context_length)
     evaluate = (lambda model: bits_per_byte(model, docs, sizes)) if docs else None
     sample = lambda model: LM(model, tok).generate("Once upon a time", max_new_tokens=40, seed=config.seed)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NEWTON_SCHULZ', 'SCHEDULES', 'OPTIMIZERS', 'TRAIN_RANGES', 'Optimizer', 'AdamW', 'orthogonalize', 'whole', 'like',
-           'Muon', 'clip_grad_norm', 'lr_factor', 'TrainConfig', 'is_hidden_matrix', 'OptimizerList', 'build_optimizer',
-           'optimizer_tensors', 'load_optimizer_tensors']
+           'Muon', 'clip_grad_norm', 'lr_factor', 'RunSettings', 'TrainConfig', 'is_hidden_matrix', 'OptimizerList',
+           'build_optimizer', 'optimizer_tensors', 'load_optimizer_tensors']
 
 # %% ../nbs/51_optim.ipynb #5b284334
 import math
@@ -90,7 +90,7 @@ def whole(t: Tensor) -> Tensor:
     "All of a tensor that may be spread over several processes; an ordinary one comes back as it is."
     return t.full_tensor() if hasattr(t, "full_tensor") else t
 
-
+# %% ../nbs/51_optim.ipynb #06124f7a
 def like(full: Tensor, t: Tensor) -> Tensor:
     "The whole tensor `full`, spread over processes as `t` is."
     if not hasattr(t, "full_tensor"):
@@ -177,7 +177,7 @@ TRAIN_RANGES = {
     "keep": (1, _MANY), "z_loss": (0.0, 1.0), "spike": (1.0, 1e6),
 }  # lowest and highest value of each number
 
-
+# %% ../nbs/51_optim.ipynb #eff5c838
 def _check(config: "TrainConfig") -> None:
     check_types(config)
     check_ranges(config, TRAIN_RANGES)
@@ -190,9 +190,26 @@ def _check(config: "TrainConfig") -> None:
     if config.warmup_steps >= config.steps:
         raise ConfigError(f"warmup_steps is {config.warmup_steps}, but there are only {config.steps} steps: warm up for fewer")
 
-# %% ../nbs/51_optim.ipynb #eff5c838
+# %% ../nbs/51_optim.ipynb #0d942f02
 @dataclass(frozen=True)
-class TrainConfig:
+class RunSettings:
+    "How a run is conducted: what is watched, kept and computed where. See `TrainConfig`."
+
+    keep_best: bool = False  # the one with the best evaluation stays, too
+    z_loss: float = 0.0  # weight of (ln Z)² in the loss
+    on_bad: str = "skip"  # after a loss or gradient that is not finite, or a spike: "skip" the update, "stop", or "rollback"
+    spike: float | None = None  # standard deviations above the last losses that make a spike; None: none is one
+    hooks: tuple[str, ...] = ()  # what watches or bends the training, by name
+    sinks: tuple[str, ...] = ("csv",)  # what else is written beside log.jsonl: csv, tensorboard, trackio, wandb
+    device: str | None = None  # "auto", "cpu", "cuda" …; None: where the model is
+    checkpointing: bool = False  # keep fewer activations, compute the others again
+    compile: bool = False  # torch.compile for the layers
+    bf16_copies: bool = False  # compute with bfloat16 copies of all weights
+    parallel: str = "ddp"  # with several processes: "ddp", every one with a whole model, or "fsdp", each with a share
+
+# %% ../nbs/51_optim.ipynb #4dddce66
+@dataclass(frozen=True)
+class TrainConfig(RunSettings):
     "All choices of a training run that are neither the model's nor the data's. Rates are per step."
 
     steps: int = 1000
@@ -219,17 +236,6 @@ class TrainConfig:
     save_every: int | None = None  # steps
     save_seconds: float | None = 60.0  # whichever comes first
     keep: int = 2  # newest checkpoints that stay
-    keep_best: bool = False  # the one with the best evaluation stays, too
-    z_loss: float = 0.0  # weight of (ln Z)² in the loss
-    on_bad: str = "skip"  # after a loss or gradient that is not finite, or a spike: "skip" the update, "stop", or "rollback"
-    spike: float | None = None  # standard deviations above the last losses that make a spike; None: none is one
-    hooks: tuple[str, ...] = ()  # what watches or bends the training, by name
-    sinks: tuple[str, ...] = ("csv",)  # what else is written beside log.jsonl: csv, tensorboard, trackio, wandb
-    device: str | None = None  # "auto", "cpu", "cuda" …; None: where the model is
-    checkpointing: bool = False  # keep fewer activations, compute the others again
-    compile: bool = False  # torch.compile for the layers
-    bf16_copies: bool = False  # compute with bfloat16 copies of all weights
-    parallel: str = "ddp"  # with several processes: "ddp", every one with a whole model, or "fsdp", each with a share
 
     def __post_init__(self):
         _check(self)

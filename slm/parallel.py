@@ -16,7 +16,7 @@ from .config import ConfigError, pick_device
 from .optim import whole
 
 # %% auto #0
-__all__ = ['World', 'LossOf', 'shard', 'Several', 'world_of']
+__all__ = ['World', 'LossOf', 'shard', 'Process', 'Talking', 'Several', 'world_of']
 
 # %% ../nbs/51b_parallel.ipynb #8acc9b2f
 class World:
@@ -64,7 +64,7 @@ class LossOf(nn.Module):
         "What `loss_fn(model, part)` returns."
         return self.loss_fn(self.model, part)
 
-
+# %% ../nbs/51b_parallel.ipynb #08f2191d
 def shard(together: LossOf, mesh: object) -> None:
     "Spread every layer, and what is left, over the processes of a mesh; in place."
     from torch.distributed.fsdp import fully_shard
@@ -73,8 +73,8 @@ def shard(together: LossOf, mesh: object) -> None:
     fully_shard(together, mesh=mesh, reshard_after_forward=False)
 
 # %% ../nbs/51b_parallel.ipynb #9e6a82b4
-class Several(World):
-    "One of several processes, started by `torchrun`. `kind`: ddp or fsdp."
+class Process(World):
+    "Where this process stands among all, and which rows it reads."
 
     def __init__(self, kind: str = "ddp", device: torch.device | None = None):
         import torch.distributed as dist
@@ -89,24 +89,13 @@ class Several(World):
         "Equally many rows for every process, in order. Raises ConfigError where they cannot be shared out."
         rows = len(next(iter(batch.values())))
         if rows % self.size:
-            raise ConfigError(f"a batch of {rows} rows cannot be shared by {self.size} processes: make batch_size a multiple of {self.size}")
+            raise ConfigError(f"a batch of {rows} rows cannot be shared by {self.size} processes: make batch_size a multiple of that")
         mine = slice(self.rank * rows // self.size, (self.rank + 1) * rows // self.size)
         return {name: t[mine] for name, t in batch.items()}
 
-    def wrap(self, model: nn.Module, loss_fn: Callable) -> Callable:
-        "Spread the model (fsdp, in place) or wrap it (ddp)."
-        together = LossOf(model, loss_fn)
-        if self.kind == "fsdp":
-            shard(together, self.dist.init_device_mesh(self.device.type, (self.size,)))
-        else:
-            experts = bool(getattr(model.config, "n_expert", None))
-            together = nn.parallel.DistributedDataParallel(together, broadcast_buffers=False, find_unused_parameters=experts)
-        self.together = together
-        return lambda model, part: together(part)
-
-    def syncing(self, last: bool) -> contextlib.AbstractContextManager:
-        "DDP adds up the gradients of all but the last part at home."
-        return contextlib.nullcontext() if last or self.kind == "fsdp" else self.together.no_sync()
+# %% ../nbs/51b_parallel.ipynb #9606b459
+class Talking(Process):
+    "Sums, maxima and lists over all processes."
 
     def total(self, sums: dict[str, float], targets: int) -> tuple[dict[str, float], int]:
         "One message with all sums."
@@ -126,6 +115,25 @@ class Several(World):
         things = [None] * self.size
         self.dist.all_gather_object(things, thing)
         return things
+
+# %% ../nbs/51b_parallel.ipynb #b9c42c11
+class Several(Talking):
+    "One of several processes, started by `torchrun`. `kind`: ddp or fsdp."
+
+    def wrap(self, model: nn.Module, loss_fn: Callable) -> Callable:
+        "Spread the model (fsdp, in place) or wrap it (ddp)."
+        together = LossOf(model, loss_fn)
+        if self.kind == "fsdp":
+            shard(together, self.dist.init_device_mesh(self.device.type, (self.size,)))
+        else:
+            experts = bool(getattr(model.config, "n_expert", None))
+            together = nn.parallel.DistributedDataParallel(together, find_unused_parameters=experts)
+        self.together = together
+        return lambda model, part: together(part)
+
+    def syncing(self, last: bool) -> contextlib.AbstractContextManager:
+        "DDP adds up the gradients of all but the last part at home."
+        return contextlib.nullcontext() if last or self.kind == "fsdp" else self.together.no_sync()
 
     @contextlib.contextmanager
     def opened(self) -> object:

@@ -11,189 +11,27 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .artifacts import ArtifactError, Checkpoint, latest_checkpoint, load_checkpoint, require_space, run_lock, save_checkpoint
-from .config import key_seed, run_identity, save_yaml, seed_everything, to_dict
-from .guards import culprit, data_index, first_micro_batch, is_spike, remember
-from .hooks import HookList
+import slm.runs
+from .artifacts import Checkpoint, latest_checkpoint, load_checkpoint, run_lock
+from .guards import culprit, data_index, is_spike, remember
 from .loss import bits_per_byte, document_bits
 from .model import TransformerLM, model_from_state
-from .optim import TrainConfig, build_optimizer, like, load_optimizer_tensors, lr_factor, whole
+from .optim import TrainConfig, lr_factor
 from .parallel import World, world_of
+from .runs import COUNTERS, Run, begin, due, resume, save, save_due
 from .sinks import SinkList
-from .speed import place, prepare
-from .steps import LOG, Interrupted, OutOfMemory, Signals, TrainingError, append_log, check_same_run, data_fingerprint, finite, identity_of
-from .steps import accumulate, lm_loss, looking, read_lines, read_log, rng_state, set_rng_state, training_step, truncate_log
+from .steps import (Interrupted, OutOfMemory, Signals, TrainingError, append_log, data_fingerprint, finite, lm_loss, looking, read_lines,
+                       read_log, rng_state, set_rng_state, training_step)
 
 # %% auto #0
-__all__ = ['COUNTERS', 'MEMORIES', 'MEASURES', 'Run', 'run_state', 'save', 'due', 'save_due', 'resume', 'begin', 'attempt',
-           'roll_back', 'refuse_step', 'advance', 'look', 'note_best', 'Display', 'summary', 'train', 'load_model',
-           'plot_training']
-
-# %% ../nbs/53_pretrain.ipynb #bdb79503
-@dataclass
-class Run:
-    "One training run: what it is made of, and how far it has come."
-
-    model: nn.Module
-    batch_at: Callable
-    config: TrainConfig
-    run_dir: Path
-    parents: dict
-    files: dict
-    state_extra: dict
-    title: str
-    quiet: bool
-    loss_fn: Callable = lm_loss
-    world: World = field(default_factory=World)  # the processes that share the work
-    step: int = 0  # updates made or skipped
-    tokens: int = 0
-    seconds: float = 0.0  # of training steps
-    skipped: int = 0  # steps that moved nothing
-    bad_steps: int = 0  # of these, the last ones in a row
-    micro: int | None = None  # rows at once, where memory asks for fewer than the config
-    struck: list = field(default_factory=list)  # batches that are left out
-    recent: list = field(default_factory=list)  # the last losses
-    best: dict | None = None  # step, measure and value of the best evaluation
-    resumed_from: int = 0
-    checkpoint: Path | None = None
-    saved_step: int = -1
-
-    def __post_init__(self):
-        self.quiet, first = self.quiet or self.world.rank > 0, self.batch_at(0)
-        place(self.model, self.config)
-        prepare(self.model, self.config, lambda: _try(self.model, first, self.loss_fn, self.config), self.say)
-        self.hooks, self.micro = HookList(self.model, self.config), first_micro_batch(self.model, self.config, first, self.say)
-        self.loss_fn = self.world.wrap(self.model, self.loss_fn)
-        self.optimizer = build_optimizer(self.model, self.config)
-        self.identity = identity_of(self.model, self.batch_at, self.config, self.parents)
-        self.saved_at = time.perf_counter()
-
-    def say(self, line: str) -> None:
-        "Print a line, unless the run is quiet."
-        if not self.quiet:
-            tqdm.write(f"{self.title}: {line}", file=sys.stdout)
-
-
-def _try(model: nn.Module, batch: dict[str, Tensor], loss_fn: Callable, config: TrainConfig) -> None:  # forward and back, without a trace
-    with torch.random.fork_rng():
-        accumulate(model.train(), batch, loss_fn, config)
-    for p in model.parameters():
-        p.grad = None
-
-# %% ../nbs/53_pretrain.ipynb #d636ac06
-COUNTERS = ("step", "tokens", "seconds", "skipped", "bad_steps")
-MEMORIES = ("micro", "struck", "recent", "best")
-
-
-def _machine(run: Run) -> dict:  # what the last bit depends on besides config, model and data
-    here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
-    compiled = {"compile": True} if run.config.compile else {}
-    several = {"processes": run.world.size, "parallel": run.config.parallel} if run.world.size > 1 else {}
-    device = next(run.model.parameters()).device.type
-    return here | compiled | several | ({} if device == "cpu" else {"device": device})
-
-
-def run_state(run: Run) -> dict:
-    "Everything of a checkpoint that is no tensor, as plain data."
-    return {name: getattr(run, name) for name in (*COUNTERS, *MEMORIES)} | {
-        "tokens_seen": run.tokens, "config": to_dict(run.config), "model_config": to_dict(run.model.config), "parents": run.parents,
-        "title": run.title, "identity": run.identity, "machine": _machine(run), "rng": rng_state(), **run.state_extra}
-
-# %% ../nbs/53_pretrain.ipynb #684ae250
-def save(run: Run, final: bool = False) -> None:
-    "Write a checkpoint of this step, unless there is one. Raises ArtifactError only when `final`."
-    if run.saved_step == run.step:
-        return
-    weights, memory = ({name: whole(t) for name, t in part.items()} for part in (run.model.state_dict(), run.optimizer.tensors()))
-    state, failed = run_state(run) | {"ranks": run.world.gather(rng_state())[1:]}, False
-    best = [run.best["step"]] if run.best and run.config.keep_best else []
-    try:
-        if run.world.rank == 0:
-            save_checkpoint(run.run_dir, run.step, weights, memory, state, run.parents, run.files, run.config.keep, best)
-    except ArtifactError as error:
-        failed = True
-        if final:
-            raise
-        run.say(f"step {run.step} is not saved, training goes on and will try again: {error}")
-    if not run.world.agree(int(failed))[0]:
-        run.checkpoint, run.saved_step = run.run_dir / f"step-{run.step:08d}", run.step
-    run.saved_at = time.perf_counter()
-
-# %% ../nbs/53_pretrain.ipynb #94d942f8
-def due(run: Run, every: int | None) -> bool:
-    "Whether something done every so many steps (None: at the end) is due at this step."
-    return run.step == run.config.steps or bool(every and run.step % every == 0)
-
-
-def save_due(run: Run) -> bool:
-    "Whether the config asks for a checkpoint now, by steps or by seconds."
-    seconds = run.config.save_seconds
-    best = run.config.keep_best and run.best is not None and run.best["step"] == run.step
-    late = seconds is not None and time.perf_counter() - run.saved_at >= seconds
-    return due(run, run.config.save_every) or best or bool(run.world.agree(int(late))[0])
-
-# %% ../nbs/53_pretrain.ipynb #3064891c
-def resume(run: Run, saved: Checkpoint) -> Run:
-    "Become exactly the run that was saved: weights, optimizer, counters, log, and last of all the random generators."
-    state = saved.state
-    if "identity" not in state:
-        raise TrainingError(f"{saved.path} was not written by a training run: choose another folder")
-    check_same_run(state["identity"], run.identity, run.run_dir)
-    run.model.load_state_dict({name: like(saved.model[name].to(t.device), t) for name, t in run.model.state_dict().items()})
-    load_optimizer_tensors(run.optimizer, saved.optimizer)
-    for name in (*COUNTERS, *MEMORIES):
-        setattr(run, name, state.get(name, getattr(run, name)))
-    run.checkpoint, run.saved_step, run.resumed_from = saved.path, run.step, run.step
-    if run.world.rank == 0:
-        truncate_log(run.run_dir, run.step)
-    if state["machine"] != _machine(run):
-        run.say("other threads, processor, processes or torch than before: the result will be close, but not the same to the last bit")
-    run.say("finished already" if run.step == run.config.steps else f"goes on after step {run.step} of {run.config.steps}")
-    states = [state["rng"], *state.get("ranks", [])]
-    if len(states) == run.world.size:
-        set_rng_state(states[run.world.rank])
-    else:
-        _seed(run)
-    return run
-
-
-def _seed(run: Run) -> None:  # each process draws its own random numbers; the first one those of a process that is alone
-    others = key_seed("rank", run.config.seed, run.step, run.world.rank) % 2**32
-    seed_everything(others if run.world.rank else run.config.seed)
-
-# %% ../nbs/53_pretrain.ipynb #e4b99e32
-def begin(run: Run) -> Run:
-    "Take up the newest checkpoint of the folder; if there is none, start a new log. Raises TrainingError when it is another run's."
-    found = run.world.gather(latest_checkpoint(run.run_dir) if run.world.rank == 0 else None)[0]
-    if found is None and any(run.run_dir.glob("step-*")):
-        raise TrainingError(f"{run.run_dir} holds checkpoints, and none of them is intact: move them away to start again")
-    _seed(run)
-    if found is not None:
-        return resume(run, load_checkpoint(found))
-    if run.world.rank == 0:
-        _first_files(run)
-    run.world.gather("the folder is ready")
-    if run.config.on_bad == "rollback":
-        save(run)                                            # so that there is always something to go back to
-    return run
-
-
-def _first_files(run: Run) -> None:  # what a new run writes before its first step
-    n_bytes = sum(t.nbytes for t in (*run.model.state_dict().values(), *run.optimizer.tensors().values()))
-    require_space(run.run_dir, 2 * n_bytes, "two checkpoints of this run")
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    save_yaml(run.config, run.run_dir / "config.yaml")
-    (run.run_dir / LOG).unlink(missing_ok=True)
-    append_log(run.run_dir, {"title": run.title, **run_identity(run.identity, run.config.seed), "hooks": list(run.config.hooks),
-                             "parents": run.parents, "processes": run.world.size})
+__all__ = ['MEASURES', 'attempt', 'roll_back', 'refuse_step', 'advance', 'look', 'note_best', 'Display', 'summary', 'train',
+           'load_model', 'plot_training']
 
 # %% ../nbs/53_pretrain.ipynb #bd3c1ada
 def attempt(run: Run, batch: dict[str, Tensor], loss_fn: Callable) -> dict:
@@ -221,11 +59,12 @@ def roll_back(run: Run, index: int) -> None:
     resume(run, load_checkpoint(run.checkpoint))
     run.struck = struck
 
-
+# %% ../nbs/53_pretrain.ipynb #d495a807
 def refuse_step(run: Run, record: dict, batch: dict[str, Tensor], loss_fn: Callable, index: int) -> None:
     "Count a step that moved nothing, say where it went wrong, and do what `on_bad` says. Raises TrainingError to end the run."
     first, policy = run.step - run.bad_steps + 1, run.config.on_bad
-    places = run.world.gather(culprit(run.model, run.world.part(batch), loss_fn, dataclasses.replace(run.config, micro_batch_size=run.micro)))
+    config = dataclasses.replace(run.config, micro_batch_size=run.micro)
+    places = run.world.gather(culprit(run.model, run.world.part(batch), loss_fn, config))
     where = f"batch {index}, {data_fingerprint(batch)[:8]}; {places[0]}; loss {record['loss']:.4g}, learning rate {record['lr']:.2g}"
     tries = len(run.struck) + 1 if policy == "rollback" else run.bad_steps
     if policy == "stop" or tries >= run.config.max_bad_steps:
@@ -264,7 +103,7 @@ def look(run: Run, record: dict, evaluate: Callable | None, sample: Callable | N
             record["sample"] = str(sample(run.model))
     return note_best(run, finite(record))
 
-
+# %% ../nbs/53_pretrain.ipynb #243c6108
 MEASURES = ("bits_per_byte", "val_loss", "val_dpo_loss")  # of which the first one that is there is to be small
 
 
@@ -302,7 +141,7 @@ def _leave(run: Run, number: int) -> None:  # after a signal: SIGTERM ends the p
         raise SystemExit(128 + number)
     raise Interrupted(f"{run.title} {sentence}")
 
-
+# %% ../nbs/53_pretrain.ipynb #3f245f96
 def summary(run: Run) -> dict:
     "What a run came to: loss (mean over the last tenth of the steps), tokens, seconds, the last evaluation, the checkpoint."
     log = read_log(run.run_dir)
@@ -315,7 +154,7 @@ def summary(run: Run) -> dict:
 def _only_writer(run_dir: str | Path, world: World) -> contextlib.AbstractContextManager:
     return run_lock(run_dir) if world.rank == 0 else contextlib.nullcontext()
 
-
+# %% ../nbs/53_pretrain.ipynb #583d9b44
 @contextlib.contextmanager
 def _audience(run: Run) -> Iterator[Callable[[dict], None]]:  # whoever wants to know of a record: screen, log, sinks
     names, lines, display = run.config.sinks if run.world.rank == 0 else (), read_lines(run.run_dir), Display(run)

@@ -34,7 +34,7 @@ class Sink:
     def close(self) -> None:
         "The run is over, or paused."
 
-
+# %% ../nbs/52c_sinks.ipynb #66f9b258
 def plain_numbers(record: dict) -> dict[str, float]:
     "The numbers of a record, without its step: what a chart can show."
     return {k: float(v) for k, v in record.items() if k != "step" and isinstance(v, (int, float)) and not isinstance(v, bool)}
@@ -72,7 +72,7 @@ def require(name: str, package: str) -> ModuleType:
     except ImportError:
         raise SLMError(f"the sink {package!r} needs a package that is not installed: pip install {package}") from None
 
-
+# %% ../nbs/52c_sinks.ipynb #b9b13834
 @SINKS.register("tensorboard")
 class TensorBoardSink(Sink):
     "Scalars and samples in `tensorboard/`; look at them with `tensorboard --logdir checkpoints`."
@@ -113,7 +113,7 @@ class DashboardSink(Sink):
         "Say goodbye."
         self.service.finish()
 
-
+# %% ../nbs/52c_sinks.ipynb #648abb17
 SINKS.register("trackio")(type("TrackioSink", (DashboardSink,), {"package": "trackio", "__doc__": "A trackio run."}))
 SINKS.register("wandb")(type("WandbSink", (DashboardSink,), {"package": "wandb", "__doc__": "A Weights & Biases run."}))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .config import pick_device
 from .optim import TrainConfig
@@ -39,7 +39,7 @@ def set_checkpointing(model: nn.Module, on: bool) -> bool:
 # %% ../nbs/51c_speed.ipynb #0b70b3a1
 @contextlib.contextmanager
 def half_copies(model: nn.Module, on: bool = True) -> Iterator[None]:
-    "While open, every trained weight is its bfloat16 copy; afterwards it is float32 again, and so is its gradient, added to the one before."
+    "While open, each weight is its bfloat16 copy; afterwards it is float32 again, and so is its gradient, added to the one before."
     kept = [(p, p.data, p.grad) for p in model.parameters() if p.dtype == torch.float32] if on else []
     for p, master, _ in kept:
         p.grad, p.data = None, master.bfloat16()

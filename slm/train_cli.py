@@ -70,7 +70,8 @@ def verify_resume_command(pack: Optional[Path] = None, *, preset: str = "tiny", 
     slm verify-resume data/book/pack --preset story --set train.optimizer=adamw
     """
     from slm.verify_resume import verify_resume
-    config, begin = training_config(settings, steps=steps, batch_size=batch_size, context_length=context_length, seed=seed), time.perf_counter()
+    begin, sizes = time.perf_counter(), dict(steps=steps, batch_size=batch_size, context_length=context_length)
+    config = training_config(settings, seed=seed, **sizes)
     shape = split_settings(settings)["model"]
     start = small_start if pack is None else lambda run_dir, config, on_step: start_pretraining(
         pack, tokenizer or pack.parent / "tokenizer", preset, shape, config, run_dir, True, on_step=on_step)

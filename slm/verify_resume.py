@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import slm.pretrain
+import slm.runs
 from .optim import TrainConfig
 from .pretrain import load_model
 from .steps import TrainingError, read_log
@@ -28,7 +29,7 @@ def leftovers(run_dir: str | Path) -> dict:
     tensors = {f"weight {k}": t for k, t in saved.model.items()} | {f"optimizer {k}": t for k, t in saved.optimizer.items()}
     return tensors | {"random numbers": saved.state["rng"], "log": log, "step": saved.state["step"]}
 
-
+# %% ../nbs/54_verify_resume.ipynb #8324bd8e
 def first_difference(a: dict, b: dict) -> str | None:
     "The name of the first thing that is not equal to the last bit; None when all are."
     for name in [*a, *(b.keys() - a.keys())]:
@@ -42,13 +43,14 @@ def first_difference(a: dict, b: dict) -> str | None:
 class PowerCut(Exception):
     "No more electricity."
 
-
+# %% ../nbs/54_verify_resume.ipynb #4296816b
 def run_with_cuts(start: Callable, run_dir: Path, config: TrainConfig, cuts: list[int]) -> dict:
     "Start a run again and again, cut after each of the steps `cuts`, then to its end; what it left."
     def cut(step: int) -> None:
-        if step == when:
+        if step in left[:1]:
             raise PowerCut
-    for when in cuts:
+    for i in range(len(cuts)):
+        left = cuts[i:]
         with contextlib.suppress(PowerCut):
             start(run_dir, config, cut)
     start(run_dir, config, None)
@@ -58,12 +60,12 @@ def run_with_cuts(start: Callable, run_dir: Path, config: TrainConfig, cuts: lis
 @contextlib.contextmanager
 def forgetful() -> Iterator[None]:
     "While open, resuming forgets the optimizer's memory, as many a trainer did."
-    real = slm.pretrain.load_optimizer_tensors
-    slm.pretrain.load_optimizer_tensors = lambda optimizer, tensors: None
+    real = slm.runs.load_optimizer_tensors
+    slm.runs.load_optimizer_tensors = lambda optimizer, tensors: None
     try:
         yield
     finally:
-        slm.pretrain.load_optimizer_tensors = real
+        slm.runs.load_optimizer_tensors = real
 
 # %% ../nbs/54_verify_resume.ipynb #5179ced8
 def verify_resume(start: Callable, config: TrainConfig, folder: Path, steps: int = 12) -> str:
@@ -76,8 +78,9 @@ def verify_resume(start: Callable, config: TrainConfig, folder: Path, steps: int
     whole, cut = (run_with_cuts(start, folder / name, config, at) for name, at in (("whole", []), ("cut", cuts)))
     found = first_difference(whole, cut)
     if found:
-        raise TrainingError(f"a run that was cut after steps {cuts[0]} and {cuts[1]} ended differently, first in {found}: do not rely on resume")
+        raise TrainingError(f"a run cut after steps {cuts[0]} and {cuts[1]} ended differently, first in {found}: do not rely on resume")
     with forgetful():
         if first_difference(whole, run_with_cuts(start, folder / "control", config, cuts)) is None:
             raise TrainingError("a run whose optimizer forgot everything ended with the same bits, so this proof proves nothing")
-    return f"resume is exact: {steps} steps, cut after {cuts[0]} and {cuts[1]}, end with the same weights, optimizer, random numbers and log"
+    same = "the same weights, optimizer, random numbers and log"
+    return f"resume is exact: {steps} steps, cut after {cuts[0]} and {cuts[1]}, end with {same}"

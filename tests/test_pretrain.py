@@ -177,7 +177,7 @@ def forget_step(run, saved, real=resume):
 def test_negative_control_what_is_not_restored_is_missed(tmp_path, reference, monkeypatch, name, broken):
     with pytest.raises(RuntimeError, match="boom"):
         go(tmp_path / "run", on_step=stop_at(6, boom))
-    monkeypatch.setattr(f"slm.pretrain.{name}", broken)
+    monkeypatch.setattr(f"slm.runs.{name}", broken)
     go(tmp_path / "run")
     weights = everything(tmp_path / "run")[0]
     assert not all(torch.equal(weights[k], reference[0][k]) for k in weights)
@@ -342,14 +342,14 @@ def test_two_writers_the_second_is_refused(tmp_path):
 
 
 def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(tmp_path, reference, monkeypatch, capsys):
-    import slm.pretrain
-    real = slm.pretrain.save_checkpoint
+    import slm.runs
+    real = slm.runs.save_checkpoint
 
     def failing(run_dir, step, *args, **kwargs):
         if step == 8:
             raise ArtifactError("disk full: need 3 MB, have 1 MB")
         return real(run_dir, step, *args, **kwargs)
-    monkeypatch.setattr(slm.pretrain, "save_checkpoint", failing)
+    monkeypatch.setattr(slm.runs, "save_checkpoint", failing)
     go(tmp_path / "run", quiet=False)
     assert "step 8 is not saved" in capsys.readouterr().out and same(everything(tmp_path / "run"), reference)
 
