@@ -16,6 +16,7 @@ from typing import Callable, Iterable, Iterator, Optional
 
 import typer
 
+import slm.lab_cli  # noqa: F401  its commands, too
 import slm.make  # noqa: F401  its commands join the program
 from .shell import STOPPED, Word, app, choose_checkpoint, command, describe, duration, read_text, write
 
