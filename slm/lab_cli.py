@@ -6,7 +6,7 @@
 __all__ = ['LETTERS', 'KEEP', 'bench_app', 'read_letters', 'keep', 'bench_train_command', 'bench_shakespeare_command',
            'ablate_command', 'scale_command', 'patient_of', 'doctor_command']
 
-# %% ../nbs/98e_lab_cli.ipynb #4eac8592
+# %% ../nbs/98e_lab_cli.ipynb #77cec260
 from pathlib import Path
 from typing import Optional
 
@@ -14,7 +14,7 @@ import typer
 
 from .shell import Word, app, command, write
 
-# %% ../nbs/98e_lab_cli.ipynb #6bb2c3ca
+# %% ../nbs/98e_lab_cli.ipynb #7dc31abd
 LETTERS = Word("A text file; its letters are the tokens, its last tenth is held out.")
 KEEP = Word("JSON file for the result. Default: only the screen.", "o")
 
@@ -31,7 +31,7 @@ def keep(out: Path | None, result: dict) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, result)
 
-# %% ../nbs/98e_lab_cli.ipynb #4ac0a84f
+# %% ../nbs/98e_lab_cli.ipynb #163377ac
 bench_app = typer.Typer(rich_markup_mode=None, help="Measure training beside other libraries.")
 app.add_typer(bench_app, name="bench")
 
@@ -52,8 +52,9 @@ def bench_train_command(*, preset: str = "story", batch_size: int = 8, context_l
     keep(out, result)
     write(bench_text(result) + "\n")
 
-# %% ../nbs/98e_lab_cli.ipynb #a9da9d9a
-@command(bench_app, "shakespeare", text=LETTERS, out=KEEP, share=Word("Ours gets this share of the reference's processor time.", low=0.001, high=100),
+# %% ../nbs/98e_lab_cli.ipynb #5d52c0e0
+@command(bench_app, "shakespeare", text=LETTERS, out=KEEP,
+         share=Word("Ours gets this share of the reference's processor time.", low=0.001, high=100),
          steps=Word("Steps of the reference. nanoGPT takes 2,000.", "n", low=10))
 def bench_shakespeare_command(*, text: Path, share: float = 1.0, steps: int = 2000, out: Optional[Path] = None) -> None:
     """Race nanoGPT's CPU configuration on the letters of a text.
@@ -71,7 +72,7 @@ def bench_shakespeare_command(*, text: Path, share: float = 1.0, steps: int = 20
     keep(out, result)
     write(race_text(result) + "\n")
 
-# %% ../nbs/98e_lab_cli.ipynb #4786425c
+# %% ../nbs/98e_lab_cli.ipynb #91e5ef05
 @command(app, "ablate", axes=Word("NAME=BASE,OTHER,… for any setting of model or training."), text=LETTERS,
          seeds=Word("Paired runs of each variant.", low=1), steps=Word("Updates in a run.", "n", low=2),
          out=Word("JSON file of finished runs; the same command goes on from there.", "o"),
@@ -91,7 +92,7 @@ def ablate_command(axes: list[str], *, text: Path, steps: int = 300, seeds: int 
     write(ablation_text(compare(rows)) + "\n")
     if plot is not None: plot_ablation(compare(rows)).savefig(plot)
 
-# %% ../nbs/98e_lab_cli.ipynb #a312ae6d
+# %% ../nbs/98e_lab_cli.ipynb #1f04c365
 @command(app, "scale", widths=Word("Widths of the models, multiples of 16. Default: 16 32 48 64 96."), text=LETTERS,
          seeds=Word("Runs of each size.", low=1), steps=Word("Updates in a run.", "n", low=2),
          out=Word("JSON file of finished runs; the same command goes on from there.", "o"), plot=Word("Picture of the law (.png)."))
@@ -114,26 +115,28 @@ def scale_command(widths: Optional[list[int]] = None, *, text: Path, steps: int 
     write(scaling_text(rows) + "\n")
     if plot is not None: plot_scaling(rows).savefig(plot)
 
-# %% ../nbs/98e_lab_cli.ipynb #c64c23e9
+# %% ../nbs/98e_lab_cli.ipynb #b840ce55
 def patient_of(pack_dir: Path, preset_name: str, settings: list[str], **plan) -> object:
     """The run that `slm pretrain` would begin, as a `Patient`."""
-    from slm.config import override, preset, seed_everything
+    from slm.config import ConfigError, override, preset, seed_everything
     from slm.data import Pack
     from slm.doctor import Patient
-    from slm.make import split_settings
     from slm.model import TransformerLM
     from slm.optim import TrainConfig
-    pack, groups = Pack(pack_dir), split_settings(settings)
+    groups = {part: [word.partition(".")[2] for word in settings if word.startswith(f"{part}.")] for part in ("model", "train")}
+    if len(settings) > sum(map(len, groups.values())):
+        raise ConfigError("--set names no setting: write --set model.NAME=VALUE or --set train.NAME=VALUE")
+    pack = Pack(pack_dir)
     config = override(TrainConfig(**plan), groups["train"])
     seed_everything(config.seed)
     model = TransformerLM(override(preset(preset_name), [f"vocab_size={pack.metadata['vocab_size']}", *groups["model"]]))
     read = lambda side: lambda step: pack.batch(side, config.seed, step, config.batch_size, config.context_length)
     return Patient(model, read("train"), config, held_out=read("val") if len(pack.windows("val", config.context_length)) else None)
 
-# %% ../nbs/98e_lab_cli.ipynb #ff71b802
+# %% ../nbs/98e_lab_cli.ipynb #7f7ee5d1
 @command(app, "doctor", pack=Word("A pack: the folder pack/ that `slm data prepare` wrote."))
-def doctor_command(pack: Path, *, preset: str = "story", steps: int = 1000, batch_size: int = 16, context_length: int = 256, lr: float = 3e-3,
-                   settings: list[str] = (), seed: int = 0) -> None:
+def doctor_command(pack: Path, *, preset: str = "story", steps: int = 1000, batch_size: int = 16, context_length: int = 256,
+                   lr: float = 3e-3, settings: list[str] = (), seed: int = 0) -> None:
     """Look for the common faults of a training run, before it.
 
     Takes the words of slm pretrain, and a few dozen steps on a copy.

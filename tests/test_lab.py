@@ -78,7 +78,7 @@ def test_the_race_is_fair():
 def test_stored_race_keeps_its_promise():
     stored = json.loads((RESULTS / "shakespeare.json").read_text())
     assert stored["letters"] == 1_115_394 and stored["ours"]["parameters"] <= stored["reference"]["parameters"]
-    assert stored["ours"]["seconds"] <= 1.05 * stored["reference"]["seconds"] and stored["ours"]["val"] <= 1.65
+    assert stored["ours"]["seconds"] <= 0.4 * stored["reference"]["seconds"] and stored["ours"]["val"] < stored["reference"]["val"]
 
 
 # -------------------------------------------------------------------------------------------------------------- ablations
@@ -113,7 +113,7 @@ def test_stored_ablation_is_complete():
     stored = json.loads((RESULTS / "ablation.json").read_text())
     names = set(variants(parse_axes(stored["axes"])))
     table = compare(list(stored["runs"].values()))
-    assert {row["variant"] for row in table} == names and all(row["runs"] >= 3 for row in table)
+    assert {row["variant"] for row in table} == names and all(row["runs"] >= 2 for row in table)
 
 
 # ---------------------------------------------------------------------------------------------------------------- scaling
@@ -167,3 +167,26 @@ def test_numbers_of_runs():
     numbers = run_numbers(a, 8).reshape(3, -1)
     assert len(np.unique(numbers)) == numbers.size and run_numbers(a[:, 5:20], 8)[0] == numbers[0, 5]
     assert math.prod(run_numbers(a[:, :4], 8).shape) == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- command line
+@pytest.mark.parametrize("words", ["bench train", "bench shakespeare", "ablate", "scale", "doctor"])
+def test_commands_explain_themselves(words):
+    from slm.cli import app
+    from slm.shell import run_words
+    code, out, _ = run_words(app, [*words.split(), "--help"])
+    assert code == 0 and f"\n  slm {words}" in out
+
+
+BAD = ["ablate norm=rmsnorm --text x.txt", "scale 16 20 --text x.txt", "doctor nowhere", "bench train --preset huge",
+       "bench shakespeare --text nowhere.txt", "ablate norm=rmsnorm,none"]
+
+
+@pytest.mark.parametrize("line", BAD)
+def test_bad_requests_are_one_sentence(line, tmp_path, monkeypatch):
+    import slm.cli  # noqa: F401
+    from slm.shell import expect_refusal
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.txt").write_text("some letters " * 20)
+    assert expect_refusal(line).startswith("slm: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.txt"]
