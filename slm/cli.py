@@ -17,6 +17,7 @@ from typing import Callable, Iterable, Iterator, Optional
 import typer
 
 import slm.make  # noqa: F401  its commands join the program
+import slm.serve_cli  # noqa: F401
 from .shell import STOPPED, Word, app, choose_checkpoint, command, describe, duration, read_text, write
 
 # %% ../nbs/98z_cli.ipynb #db1db63e
