@@ -16,6 +16,7 @@ from typing import Callable, Iterable, Iterator, Optional
 
 import typer
 
+import slm.lab_cli  # noqa: F401  its commands, too
 import slm.make  # noqa: F401  its commands join the program
 import slm.train_cli  # noqa: F401
 import slm.serve_cli  # noqa: F401

@@ -79,11 +79,13 @@ def orthogonalize(G: Tensor, rounds: int = 5, dtype: torch.dtype = torch.float32
     "About U Vᵀ of each matrix of a stack (…, rows, cols), singular values in roughly 0.7–1.2, by Newton–Schulz iteration in `dtype`."
     a, b, c = NEWTON_SCHULZ
     X = G.mT if G.size(-2) > G.size(-1) else G
-    X = (X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
+    X = (X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype).reshape(-1, *X.shape[-2:])
     for _ in range(rounds):
         A = X @ X.mT
-        X = a * X + (b * A + c * A @ A) @ X
-    return (X.mT if G.size(-2) > G.size(-1) else X).to(G.dtype)
+        P = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A²
+        P.diagonal(dim1=-2, dim2=-1).add_(a)
+        X = P @ X  # a X + (b A + c A²) X, with one sweep over X
+    return (X.mT if G.size(-2) > G.size(-1) else X).reshape(G.shape).to(G.dtype)
 
 # %% ../nbs/51_optim.ipynb #1ead9716
 def whole(t: Tensor) -> Tensor:
