@@ -80,7 +80,7 @@ def capture(model: TransformerLM, ids: Tensor | list[int]) -> Seen:
 # %% ../nbs/95a_capture.ipynb #ed7a4786
 def token_labels(tokenizer: Codec, ids: list[int] | Tensor) -> list[str]:
     "One short visible text for each id."
-    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    names = {i: f"‹{name.strip('<|>')}›" for name, i in tokenizer.special_tokens.items()}
     shown = lambda i: names.get(i) or tokenizer.decode([i]).replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
     return [shown(int(i)) for i in ids]
 
@@ -95,7 +95,7 @@ def draw_head(shares: Tensor, labels: list[str], title: str = "") -> Figure:
     "One map (T, T): each row is a token that looks, each column a token looked at."
     fig = Figure(figsize=(5.2, 5), dpi=90, layout="constrained")
     ax = fig.subplots()
-    picture = ax.imshow(shares.cpu(), cmap="magma_r", vmin=0, vmax=1)
+    picture = ax.imshow(shares.cpu(), cmap="Blues", vmin=0, vmax=1)
     _axes_labels(ax, labels, 8)
     ax.set(xlabel="looked at", ylabel="looks", title=title)
     fig.colorbar(picture, shrink=0.6, label="share of attention")
@@ -109,7 +109,7 @@ def draw_maps(maps: list[Tensor], labels: list[str], row: int = 0) -> Figure:
     fig = Figure(figsize=(side * n_head + 0.8, side * n_layer + 0.8), dpi=90, layout="constrained")
     places = [(layer, head) for layer in range(n_layer) for head in range(n_head)]
     for (layer, head), ax in zip(places, fig.subplots(n_layer, n_head, squeeze=False).flat, strict=True):
-        ax.imshow(maps[layer][row, head].cpu(), cmap="magma_r", vmin=0, vmax=1)
+        ax.imshow(maps[layer][row, head].cpu(), cmap="Blues", vmin=0, vmax=1)
         _axes_labels(ax, labels, min(6, 90 * side / len(labels) / 1.4) if head == 0 or layer == n_layer - 1 else 0.1)
         ax.set_title(f"{layer}.{head}", fontsize=8, pad=2)
         ax.tick_params(labelleft=head == 0, labelbottom=layer == n_layer - 1)

@@ -55,7 +55,7 @@ def draw_lens(table: dict) -> Figure:
     for i in range(n):
         for t in range(T):
             color = "white" if table["entropy"][i][t] > 0.6 * high else "black"
-            ax.text(t, i, table["top"][i][t][0][:9], ha="center", va="center", fontsize=7, color=color)
+            ax.text(t, i, table["top"][i][t][0][:8], ha="center", va="center", fontsize=7, color=color)
     ax.set_xticks(range(T), table["tokens"], rotation=45, ha="right", fontsize=8)
     ax.set_yticks(range(n), table["layers"], fontsize=8)
     ax.tick_params(length=0)

@@ -65,7 +65,7 @@ def specimen_source(seed: int | str = 0, n: int = 6000, extra: list[str] = ()) -
     return Source("specimen", read, lambda: ["specimen", seed, n, *extra])
 
 # %% ../nbs/94a_specimen.ipynb #aa59a1af
-def prepare_specimen(folder: str | Path, source: Source | None = None, vocab_size: int = 340) -> tuple[BPETokenizer, Pack]:
+def prepare_specimen(folder: str | Path, source: Source | None = None, vocab_size: int = 348) -> tuple[BPETokenizer, Pack]:
     "Corpus, tokenizer and pack of the sentences in `folder`; returns the last two."
     folder = Path(folder)
     write_corpus(source or specimen_source(), folder / "corpus", val_fraction=0.02, val_docs_max=64)
