@@ -23,7 +23,7 @@ __all__ = ['TASK', 'CHOICES', 'YAML_FORMS', 'need_harness', 'rolling_pairs', 'Li
 def need_harness() -> object:
     "The package `lm_eval`. Raises `SLMError` that says how to get it."
     try:
-        import lm_eval.api.model, lm_eval.api.registry
+        import lm_eval.api.model, lm_eval.api.registry, lm_eval.models
         return lm_eval
     except ImportError:
         raise SLMError("lm-evaluation-harness is not installed: pip install 'slm[eval]'") from None
