@@ -30,9 +30,10 @@ from .tokenizer import Tokenizer, load_tokenizer, render_chat
 
 # %% ../nbs/92_sample.ipynb #5b0649a3
 from .decode import generate_naive as generate_naive
-from .strategies import apply_temperature as apply_temperature, min_p_filter as min_p_filter, pick_tokens as pick_tokens
+from .strategies import Past as Past, apply_temperature as apply_temperature, count_penalty as count_penalty, look_back as look_back
+from .strategies import min_p_filter as min_p_filter, no_repeat_ngram as no_repeat_ngram, pick_tokens as pick_tokens
 from .strategies import repetition_penalty as repetition_penalty, sample_token as sample_token, shape_logits as shape_logits
-from .strategies import top_k_filter as top_k_filter, top_p_filter as top_p_filter
+from .strategies import top_k_filter as top_k_filter, top_p_filter as top_p_filter, typical_filter as typical_filter
 
 # %% ../nbs/92_sample.ipynb #459819c5
 class StopFilter:
@@ -173,7 +174,8 @@ class Keeper(Talker):
 # %% ../nbs/92_sample.ipynb #1cdde82d
 class LM(Keeper):
     """A model with its tokenizer: what `slm.load` returns. Settings of all methods that write:
-    `temperature=0.8, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, seed=0, max_new_tokens=200, stop=None`."""
+    `temperature=0.8, top_k=None, top_p=None, min_p=None, typical_p=None, repetition_penalty=1.0, presence_penalty=0.0,
+    frequency_penalty=0.0, no_repeat_ngram=None, seed=0, max_new_tokens=200, stop=None`."""
 
     def generate_batch(self, prompts: list[str], progress: bool = False, batch_size: int = 64, **settings) -> list[str]:
         "Continuations of many prompts; the i-th is what `generate` writes with seed + i."
