@@ -61,8 +61,8 @@ def question_of(row: dict | str) -> Question:
     raise SLMError(f"a line with the fields {', '.join(row)} is no question: give one of {'; '.join('/'.join(f) for f in FORMS)}")
 
 # %% ../nbs/94c_benchmarks.ipynb #41ea2c29
-def pair_ids(lm: LM, context: str, continuation: str, prefix: bool = False) -> tuple[list[int], list[int]]:
-    "Ids of a context and of its continuation, as the harness cuts them; with `prefix` an end-of-text mark comes first. Raises `SLMError`."
+def pair_ids(lm: LM, context: str, continuation: str, prefix: bool = True) -> tuple[list[int], list[int]]:
+    "Ids of a context and its continuation, cut as the harness cuts, behind an end-of-text mark unless not `prefix`. Raises `SLMError`."
     tok, spaces = lm.tokenizer, len(context) - len(context.rstrip())
     if spaces: context, continuation = context[:-spaces], context[-spaces:] + continuation
     first = tok.encode(context)
@@ -120,7 +120,7 @@ def figures(questions: list[Question], graded: list[dict]) -> dict:
     return found
 
 # %% ../nbs/94c_benchmarks.ipynb #19c5e37b
-def answer_questions(lm: LM, questions: list[Question], batch_size: int = 16, prefix: bool = False) -> list[dict]:
+def answer_questions(lm: LM, questions: list[Question], batch_size: int = 16, prefix: bool = True) -> list[dict]:
     "The marks of each question. `prefix`: an end-of-text mark opens every context, as in training."
     pairs = [pair_ids(lm, *pair, prefix) for q in questions for pair in q.pairs]
     scores = iter(score_pairs(lm, pairs, batch_size))

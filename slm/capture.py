@@ -81,8 +81,8 @@ def capture(model: TransformerLM, ids: Tensor | list[int]) -> Seen:
 def token_labels(tokenizer: Codec, ids: list[int] | Tensor) -> list[str]:
     "One short visible text for each id."
     names = {i: f"‹{name.strip('<|>')}›" for name, i in tokenizer.special_tokens.items()}
-    shown = lambda i: names.get(i) or tokenizer.decode([i]).replace(" ", "·").replace("\n", "↵").replace("\t", "⇥")
-    return [shown(int(i)) for i in ids]
+    seen = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", **{chr(i): f"\\x{i:02x}" for i in (*range(9), *range(11, 32), 127)}})
+    return [names.get(int(i)) or tokenizer.decode([int(i)]).translate(seen) for i in ids]
 
 # %% ../nbs/95a_capture.ipynb #4e7586fb
 def _axes_labels(ax: object, labels: list[str], size: float) -> None:  # tokens along both axes of a map

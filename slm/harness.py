@@ -39,9 +39,9 @@ def rolling_pairs(ids: list[int], first: int, room: int) -> list[tuple[list[int]
 
 # %% ../nbs/94f_harness.ipynb #9c42f1be
 class Likelihoods:
-    "What the harness calls: `path` is anything `slm.load` opens; `prefix=True` puts an end-of-text mark before every context."
+    "What the harness calls: `path` is anything `slm.load` opens; `prefix=False` leaves out the end-of-text mark before every context."
 
-    def __init__(self, path: str = "", batch_size: int | str = 16, device: str | None = None, prefix: bool = False, **_: object):
+    def __init__(self, path: str = "", batch_size: int | str = 16, device: str | None = None, prefix: bool = True, **_: object):
         super().__init__()
         if not path: raise SLMError("the harness needs a model: give --model_args path=checkpoints/story")
         self.lm, self.prefix = load(path, (device or "cpu").split(":")[0]), prefix
@@ -161,4 +161,6 @@ def main() -> None:
     from lm_eval.__main__ import cli_evaluate
     cli_evaluate()
 
+# %% ../nbs/94f_harness.ipynb #7b3e9fae
+#| eval: false
 if __name__ == "__main__": main()

@@ -127,7 +127,7 @@ def recites(lm: LM, docs: list[list[int]], given: int = 8, wanted: int = 8) -> f
     return float((ids.cpu() == torch.tensor([doc[:given + wanted] for doc in long])).all(1).float().mean())
 
 # %% ../nbs/95g_origins.ipynb #834afea2
-def draw_matches(lm: LM, index: Index, text: str, least: int = 6, width: int = 84) -> Figure:
+def draw_matches(lm: LM, index: Index, text: str, least: int = 6, width: int = 110) -> Figure:
     "A text with its copied passages in colour (darker: longer), each with the number of its document and how often it occurs."
     ids = lm.tokenizer.encode(text)
     pieces, found = [lm.tokenizer.decode([i]) for i in ids], matches(index, ids, least)
@@ -139,7 +139,7 @@ def draw_matches(lm: LM, index: Index, text: str, least: int = 6, width: int = 8
         depth = max((m.length for m in found if m.start <= number < m.start + m.length), default=0)
         shade = (1 - 0.25 * min(1, depth / 24), 1 - 0.1 * min(1, depth / 24), 1 - 0.75 * min(1, depth / 24)) if depth else (1, 1, 1)
         ax.add_patch(Rectangle((column, line), len(piece), 0.9, color=shade, lw=0))
-        ax.text(column, line + 0.47, piece, family="monospace", fontsize=8.6, va="center")
+        ax.text(column, line + 0.47, piece, family="monospace", fontsize=10, va="center")
     for i, m in enumerate(found):
         said = "".join(pieces[m.start:m.start + m.length]).strip()
         note = f"{m.length:>3} tokens, document {m.doc}, {m.count}×: {said[:72]}"

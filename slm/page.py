@@ -204,8 +204,8 @@ box.append(r)};
  const keep=new Set([...terms].sort((a,b)=>Math.abs(b[1])-Math.abs(a[1])).slice(0,18).map(t=>t[0]));let rest=0;
  for(const[name,v]of terms){if(!keep.has(name)){rest+=v;continue}line(name,done,v,rgba(v>0?'hot':'cool',.85));done+=v}
  if(rest)line('all others',done,rest,rgba(rest>0?'hot':'cool',.5));line('total',0,sum,'var(--ink)')}
-function matrix(title,rows){const box=el('div'),t=el('table'),top=Math.max(1e-9,...rows.flat().map(Math.abs));box.append(el('div',
-title,'note'));
+function matrix(title,rows){const box=el('div'),t=el('table'),top=Math.max(title[0]=='l'?1e-9:.5,...rows.flat().map(Math.abs));
+box.append(el('div',title,'note'));
 """
 
 # %% ../nbs/95h_page.ipynb #9b12d2d1

@@ -74,6 +74,7 @@ def kept_marks(file: Path, header: dict) -> list[dict]:
 def mark_all(ask: Callable[[list], list[dict]], rows: list, header: dict, file: Path, chunk: int) -> list[dict]:
     "The marks of all rows, `chunk` at a time, those in `file` not asked again."
     done = kept_marks(file, header)
+    if len(done) >= len(rows): return done
     for start in range(len(done) - len(done) % chunk, len(rows), chunk):
         new = ask(rows[start:start + chunk])[len(done) - start:]
         with open(file, "a", encoding="utf-8") as out:
@@ -93,7 +94,7 @@ def figures_of(rows: list, marks: list[dict]) -> dict:
     return {**found, "metric": metric} | ({"groups": {g: statistics.fmean(v) for g, v in groups.items()}} if len(groups) > 1 else {})
 
 # %% ../nbs/94e_suite.ipynb #476b6277
-def run_benchmark(lm: LM, path: Path, out: Path, limit: int | None = None, batch_size: int = 16, prefix: bool = False) -> dict:
+def run_benchmark(lm: LM, path: Path, out: Path, limit: int | None = None, batch_size: int = 16, prefix: bool = True) -> dict:
     "The figures of one file; marks are kept in `out`/NAME.marks.jsonl, and those that are there already are not asked again."
     rows = read_rows(path, limit)
     header = {"model": lm.parents, "kind": repr(lm), "file": sha256_file(path), "limit": limit, "batch_size": batch_size, "prefix": prefix}
@@ -104,7 +105,7 @@ def run_benchmark(lm: LM, path: Path, out: Path, limit: int | None = None, batch
 
 # %% ../nbs/94e_suite.ipynb #f1c42f25
 def run_suite(lm: LM, where: str | Path, out: str | Path, names: list[str] | None = None, limit: int | None = None, batch_size: int = 16,
-              prefix: bool = False, say: Callable[[str], None] = lambda line: None) -> dict[str, dict]:
+              prefix: bool = True, say: Callable[[str], None] = lambda line: None) -> dict[str, dict]:
     """Run every benchmark of a folder; write `out`/results.json and results.md and return the figures. `say` is told of each that is
     finished. Stopped at any moment, the same call goes on. Raises `SLMError`."""
     files, out, results = find_benchmarks(where, names), Path(out), {}

@@ -66,10 +66,10 @@ def _letter(ax: object, x: float, y: float, text: str, bits: float, size: float)
 def _scale(ax: object, y: float) -> None:  # the legend below the text
     for bits in range(9):
         ax.add_patch(Rectangle((bits * 3, y), 3, 0.5, color=surprise_color(bits), lw=0, clip_on=False))
-        _letter(ax, bits * 3 + 1.5, y + 0.26, f"{bits}" if bits < 8 else "8+", bits, 7)
+        _letter(ax, bits * 3 + 1.5, y + 0.26, f"{bits}" if bits < 8 else "8+", bits, 7.5)
     ax.text(28, y + 0.26, "bits; underlined: not what the model expected", fontsize=8, va="center")
 
-def draw_surprise(tokens: list[dict], width: int = 76) -> Figure:
+def draw_surprise(tokens: list[dict], width: int = 96) -> Figure:
     "A text with the cost of each token behind it. Wrong guesses of the model (rank above 1) are underlined."
     placed = laid_out([token["text"] or "¶" for token in tokens], width)
     lines = placed[-1][1] + 1
@@ -78,7 +78,7 @@ def draw_surprise(tokens: list[dict], width: int = 76) -> Figure:
     for number, line, column, piece in placed:
         bits = tokens[number]["bits"]
         ax.add_patch(Rectangle((column, line), len(piece), 0.92, color=surprise_color(bits), lw=0))
-        for i, letter in enumerate(piece): _letter(ax, column + i + 0.5, line + 0.48, letter, bits, 9.5)
+        for i, letter in enumerate(piece): _letter(ax, column + i + 0.5, line + 0.48, letter, bits, 10.5)
         if tokens[number]["rank"] > 1: ax.plot([column + 0.1, column + len(piece) - 0.1], [line + 0.88] * 2, color="#555", lw=0.7)
     ax.set(xlim=(0, width), ylim=(lines, 0))
     ax.axis("off")

@@ -49,7 +49,7 @@ COLORS = ("#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#da
 
 def draw_plane(points: Tensor, labels: list[str], groups: list[str] | None = None, title: str = "", ax: object = None) -> Figure:
     "Labelled points, coloured by group."
-    fig = ax.figure if ax else Figure(figsize=(5.4, 4.2), dpi=90, layout="constrained")
+    fig = ax.figure if ax else Figure(figsize=(6.4, 5), dpi=90, layout="constrained")
     ax = ax or fig.subplots()
     groups = groups or [""] * len(labels)
     for color, group in zip(COLORS, dict.fromkeys(groups)):
