@@ -5,7 +5,9 @@
 # %% ../nbs/94f_harness.ipynb #a6d87ebb
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import logging
 import sys
 from pathlib import Path
@@ -148,8 +150,10 @@ def harness_figures(model: str, arguments: dict, tasks: list[Path], batch_size: 
     harness_class()
     from lm_eval.tasks import TaskManager
     from lm_eval.tasks._yaml_loader import load_yaml
-    found = lm_eval.simple_evaluate(model=model, model_args=arguments, tasks=[load_yaml(task) for task in tasks], batch_size=batch_size,
-                                    task_manager=TaskManager(include_defaults=False), bootstrap_iters=2, log_samples=False)
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        found = lm_eval.simple_evaluate(
+            model=model, model_args=arguments, tasks=[load_yaml(task) for task in tasks], batch_size=batch_size,
+            task_manager=TaskManager(include_defaults=False), bootstrap_iters=2, log_samples=False)
     keep = lambda value: isinstance(value, float)
     return {task: {key.split(",")[0]: v for key, v in r.items() if keep(v) and ",none" in key} for task, r in found["results"].items()}
 

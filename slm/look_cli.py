@@ -49,7 +49,9 @@ def eval_command(checkpoint: Optional[Path] = None, *, text: Optional[str] = Non
                  bench: Optional[Path] = None, only: list[str] = (), limit: Optional[int] = None, bare: bool = False, batch_size: int = 16,
                  out: Path = Path("eval"), tasks: Optional[Path] = None, max_new_tokens: int = 256, temperature: float = 0.7,
                  seed: int = 0, as_json: bool = False) -> None:
-    """Measure a model: bits per byte on a text, the judge's score, benchmarks (which go on where they were stopped).
+    """Measure a model: bits per byte, the judge's score, benchmarks.
+
+    Benchmarks that were stopped go on where they were.
 
     \b
     slm eval checkpoints/story --judge 200 --json
@@ -88,9 +90,9 @@ def origin_picture(lm: object, pack: Path, text: str, out: Path) -> list[Path]:
          pack=Word("A training pack: where does the text stand in it?"))
 def inspect_command(checkpoint: Optional[Path] = None, *, text: str = "Once upon a time there was a little girl.",
                     out: Path = Path("inspect"), most: int = 160, film: Optional[Path] = None, pack: Optional[Path] = None) -> None:
-    """Look inside a model while it reads a text: one HTML page that needs no network, and PNGs.
+    """See inside a model that reads a text: one HTML page, and PNGs.
 
-    Surprise, attention by head, logit lens, attribution, heads switched off, neighbours, routes of experts.
+    The page needs no network. Surprise, attention by head, logit lens, attribution, heads switched off, neighbours, routes of experts.
 
     \b
     slm inspect checkpoints/story --text "Mia had a red kite."

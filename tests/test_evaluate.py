@@ -56,7 +56,8 @@ def test_scores_do_not_depend_on_the_batch(lm, batch):
 
 
 def test_a_suite_that_was_stopped_goes_on_with_the_same_figures(lm, tmp_path):
-    rows = [{"query": doc["text"][:12], "choices": ["boat", "Mia", "the pond"], "gold": i % 3} for i, doc in enumerate(sentences("stop", 700))]
+    texts = [doc["text"][:12] for doc in sentences("stop", 700)]
+    rows = [{"query": text, "choices": ["boat", "Mia", "the pond"], "gold": i % 3} for i, text in enumerate(texts)]
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole = run_suite(lm, tmp_path / "many.jsonl", tmp_path / "a")
     marks = (tmp_path / "a" / "many.marks.jsonl").read_text().splitlines(keepends=True)
@@ -128,7 +129,7 @@ def test_the_plain_program_of_the_harness_finds_the_model(run, tmp_path):
     task, = write_tasks(tmp_path / "tiny.jsonl", tmp_path / "tasks")
     words = [sys.executable, "-m", "lm_eval", "run", "--model", "slm", "--model_args", f"path={run}", "--tasks", str(task)]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env=env, cwd=tmp_path)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, env=env, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "slm_tiny" in done.stdout and "acc" in done.stdout
 

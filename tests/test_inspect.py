@@ -156,7 +156,7 @@ def test_the_page_runs_without_network_and_without_an_error(lm, tmp_path, dark):
              "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
              "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=3000", *(["--force-dark-mode"] if dark else []), "--dump-dom",
              (tmp_path / "spied.html").as_uri()]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert "CONSOLE" not in done.stderr, re.findall(".*CONSOLE.*", done.stderr)
     title = re.search(r"<title>(.*?)</title>", done.stdout)[1]
     assert title == f"slm inspect {len(surprise(lm, 'Mia and Tom went to the pond. <b>Tom</b> gave a boat to Mia.'))} 12"
