@@ -60,10 +60,10 @@ def over_time(film: list[tuple[int, LM]], *views: Callable[[LM], float]) -> tupl
 def _strip(film: list[tuple[int, LM]], width: float, height: float) -> tuple[Figure, list]:  # a figure with a small picture for each step
     rows = math.ceil(len(film) / 5)
     fig = Figure(figsize=(width * min(5, len(film)), height * rows), dpi=90, layout="constrained")
-    axes = fig.subplots(rows, min(5, len(film)), squeeze=False).flat
+    axes = list(fig.subplots(rows, min(5, len(film)), squeeze=False).flat)
     for ax, (step, _) in zip(axes, film): ax.set_title(f"step {step:,}", fontsize=9)
-    for ax in list(axes)[len(film):]: ax.axis("off")
-    return fig, list(axes)
+    for ax in axes[len(film):]: ax.axis("off")
+    return fig, axes
 
 # %% ../nbs/95f_timelapse.ipynb #df149043
 def attention_film(film: list[tuple[int, LM]], text: str, layer: int, head: int) -> list[Tensor]:
