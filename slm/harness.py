@@ -12,6 +12,8 @@ import logging
 import sys
 from pathlib import Path
 
+import torch
+
 from .benchmarks import pair_ids, question_of, score_pairs
 from .config import SLMError
 from .sample import load
@@ -46,7 +48,8 @@ class Likelihoods:
     def __init__(self, path: str = "", batch_size: int | str = 16, device: str | None = None, prefix: bool = True, **_: object):
         super().__init__()
         if not path: raise SLMError("the harness needs a model: give --model_args path=checkpoints/story")
-        self.lm, self.prefix = load(path, (device or "cpu").split(":")[0]), prefix
+        there = torch.cuda.is_available() or not str(device).startswith("cuda")          # cuda is what the harness asks for by default
+        self.lm, self.prefix = load(path, device if device and there else "cpu"), prefix
         self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
 
     @property

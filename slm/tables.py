@@ -40,7 +40,7 @@ def plane(rows: Tensor, basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
     "Rows (N, D) in their two main directions, (N, 2), and the directions (2, D); with `basis` in those, so that maps can be compared."
     centred = rows.float() - rows.float().mean(0)
     if basis is None:
-        basis = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
+        basis = torch.linalg.svd(centred, full_matrices=len(rows) < 2).Vh[:2]
         basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()          # the same picture every time
     return centred @ basis.T, basis
 

@@ -122,6 +122,20 @@ def test_figures_equal_the_harness_and_the_exported_folder(lm, run, tmp_path):
     assert theirs["slm_lambada-dev"]["perplexity"] == pytest.approx(mine["lambada-dev"]["perplexity"], rel=1e-5)
 
 
+def test_a_task_file_registers_the_model(tmp_path):
+    pytest.importorskip("lm_eval")
+    from slm.harness import write_tasks
+    (tmp_path / "tiny.txt").write_text("Mia went home\n")
+    task, = write_tasks(tmp_path / "tiny.txt", tmp_path / "tasks")
+    program = ("import sys, lm_eval.models; from lm_eval.api.registry import get_model, model_registry; "
+               "from lm_eval.tasks._yaml_loader import load_yaml; assert 'slm' not in model_registry; "
+               "load_yaml(sys.argv[1]); print(get_model('slm').__name__)")
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", program, str(task)], capture_output=True, text=True, timeout=300, env=env)
+    assert done.stdout.strip() == "SLMHarness", done.stderr[-2000:]
+
+
+@pytest.mark.slow
 def test_the_plain_program_of_the_harness_finds_the_model(run, tmp_path):
     pytest.importorskip("lm_eval")
     from slm.harness import write_tasks
