@@ -18,6 +18,7 @@ import typer
 
 import slm.look_cli  # noqa: F401
 import slm.make  # noqa: F401  its commands join the program
+import slm.serve_cli  # noqa: F401
 from .shell import STOPPED, Word, app, choose_checkpoint, command, duration, read_text, write
 
 # %% ../nbs/98z_cli.ipynb #db1db63e
