@@ -16,8 +16,10 @@ from typing import Callable, Iterable, Iterator, Optional
 
 import typer
 
+import slm.lab_cli  # noqa: F401  its commands, too
 import slm.look_cli  # noqa: F401
 import slm.make  # noqa: F401  its commands join the program
+import slm.train_cli  # noqa: F401
 import slm.serve_cli  # noqa: F401
 from .shell import STOPPED, Word, app, choose_checkpoint, command, duration, read_text, write
 
@@ -263,3 +265,8 @@ def main() -> None:
     """The program `slm`, as the shell calls it."""
     signal.signal(signal.SIGTERM, stop_at_sigterm)
     app()
+
+# %% ../nbs/98z_cli.ipynb #cb965539
+#| eval: false
+if __name__ == "__main__":
+    main()

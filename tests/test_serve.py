@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import httpx
@@ -138,6 +139,7 @@ class Kite(BaseModel):
     owner: str
 
 
+@pytest.mark.skipif(find_spec("slm.constrain") is None, reason="needs slm.constrain")
 def test_json_schema_through_the_client(client):
     parsed = client.chat.completions.parse(model="tiny", messages=HELLO, response_format=Kite, seed=1, max_tokens=200, temperature=1.0)
     choice = parsed.choices[0]
