@@ -16,7 +16,10 @@ from typing import Callable, Iterable, Iterator, Optional
 
 import typer
 
+import slm.lab_cli  # noqa: F401  its commands, too
 import slm.make  # noqa: F401  its commands join the program
+import slm.train_cli  # noqa: F401
+import slm.serve_cli  # noqa: F401
 from .shell import STOPPED, Word, app, choose_checkpoint, command, describe, duration, read_text, write
 
 # %% ../nbs/98z_cli.ipynb #db1db63e
@@ -298,3 +301,8 @@ def main() -> None:
     """The program `slm`, as the shell calls it."""
     signal.signal(signal.SIGTERM, stop_at_sigterm)
     app()
+
+# %% ../nbs/98z_cli.ipynb #cb965539
+#| eval: false
+if __name__ == "__main__":
+    main()

@@ -16,11 +16,11 @@ from tqdm import tqdm
 from .attention import KVCache
 from .ground import rng
 from .model import TransformerLM
-from .strategies import SampleError, Sampling, pick_tokens, sample_token, shape_logits
+from .strategies import Past, SampleError, Sampling, pick_tokens, sample_token, shape_logits
 
 # %% auto #0
-__all__ = ['generate_naive', 'pad_left', 'check_prompts', 'Answers', 'mark_seen', 'predict', 'uniform_rows', 'seeds_of',
-           'Decoder', 'Progress', 'similar_lengths', 'generate_ids']
+__all__ = ['generate_naive', 'pad_left', 'check_prompts', 'Answers', 'predict', 'uniform_rows', 'seeds_of', 'Decoder', 'Progress',
+           'similar_lengths', 'generate_ids']
 
 # %% ../nbs/91_decode.ipynb #b9dd0296
 @torch.inference_mode()
@@ -31,8 +31,7 @@ def generate_naive(
     generator, text = rng("sample", sampling.seed if seed is None else seed), list(ids)
     while len(text) < min(len(ids) + sampling.max_new_tokens, model.config.context_length):
         logits = model(torch.tensor([text]))[0, -1]
-        seen = torch.zeros(len(logits), dtype=torch.bool).index_fill(0, torch.tensor(text), True)
-        token = sample_token(logits, sampling, generator, seen)
+        token = sample_token(logits, sampling, generator, Past(text, len(ids)))
         if token in stop_ids: break
         text.append(token)
     return text[len(ids):]
@@ -86,13 +85,6 @@ class Answers:
         elif self.written == self.room[row]: self.end(row, "context")
         return True
 
-# %% ../nbs/91_decode.ipynb #7e196248
-def mark_seen(prompts: list[list[int]], n_vocab: int) -> Tensor:
-    "(B, V) bool: the tokens that occur in each prompt."
-    seen = torch.zeros(len(prompts), n_vocab, dtype=torch.bool)
-    for row, prompt in zip(seen, prompts, strict=True): row[list(prompt)] = True
-    return seen
-
 # %% ../nbs/91_decode.ipynb #d67ca352
 def predict(model: TransformerLM, ids: Tensor, cache: KVCache) -> Tensor:
     "Logits (B, V), on the CPU, of the token that follows ids (B, T); in evaluation mode, whichever mode the model is in."
@@ -125,7 +117,7 @@ class Decoder:
         self.rows = list(range(len(prompts)))                   # the prompt that each row of the batch serves
         longest = min(sampling.max_new_tokens, max(self.answers.room))
         self.uniforms = uniform_rows(seeds_of(seeds, len(prompts), sampling.seed), longest)
-        self.seen = mark_seen(prompts, self.n_vocab)            # for the repetition penalty
+        self.pasts = [Past(list(p), len(p)) for p in prompts]   # of every prompt, for the strategies that look back
         self.ids, start = pad_left(prompts)                     # what the model reads next
         self.cache = model.new_cache(len(prompts), self.ids.shape[1] + longest)
         self.cache.start = None if start is None else start.to(self.cache.keys.device)
@@ -135,16 +127,18 @@ class Decoder:
         "The next token of every answer that goes on, as (prompt number, id)."
         if (keep := self.answers.keep(self.rows)) is not None: self.select(keep)
         if not self.rows: return []
-        scores = shape_logits(predict(self.model, self.ids, self.cache)[:, :self.n_vocab], self.sampling, self.seen)
-        self.ids = pick_tokens(scores, self.uniforms[self.rows, self.answers.written])[:, None]
-        self.seen.scatter_(1, self.ids, True)
+        scores = predict(self.model, self.ids, self.cache)[:, :self.n_vocab]
+        scores = shape_logits(scores, self.sampling, [self.pasts[row] for row in self.rows])
+        tokens = pick_tokens(scores, self.uniforms[self.rows, self.answers.written])
+        self.ids = tokens[:, None]
         self.answers.written += 1
-        return [(row, token) for row, token in zip(self.rows, self.ids[:, 0].tolist(), strict=True) if self.answers.accept(row, token)]
+        for row, token in zip(self.rows, tokens.tolist(), strict=True): self.pasts[row].ids.append(token)
+        return [(row, token) for row, token in zip(self.rows, tokens.tolist(), strict=True) if self.answers.accept(row, token)]
 
     def select(self, keep: list[int]) -> None:
         "Go on with these rows of the batch alone."
         self.rows, index = [self.rows[i] for i in keep], torch.tensor(keep, dtype=torch.long)
-        self.cache, self.ids, self.seen = self.cache.select(index.to(self.cache.keys.device)), self.ids[index], self.seen[index]
+        self.cache, self.ids = self.cache.select(index.to(self.cache.keys.device)), self.ids[index]
 
 # %% ../nbs/91_decode.ipynb #2435a4b0
 class Progress:

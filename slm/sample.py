@@ -20,6 +20,7 @@ __all__ = ['StopFilter', 'TextStream', 'write_out', 'utf8_text', 'sampling_of', 
 from .artifacts import latest_checkpoint, step_folders
 from .config import from_dict
 from .decode import Decoder, generate_ids
+from .fused import FusedReader
 from .ground import pick_device
 from .interop import export_model, format_of, import_model
 from .loss import bits_per_byte
@@ -30,9 +31,10 @@ from .tokenizer import Tokenizer, load_tokenizer, render_chat
 
 # %% ../nbs/92_sample.ipynb #5b0649a3
 from .decode import generate_naive as generate_naive
-from .strategies import apply_temperature as apply_temperature, min_p_filter as min_p_filter, pick_tokens as pick_tokens
+from .strategies import Past as Past, apply_temperature as apply_temperature, count_penalty as count_penalty, look_back as look_back
+from .strategies import min_p_filter as min_p_filter, no_repeat_ngram as no_repeat_ngram, pick_tokens as pick_tokens
 from .strategies import repetition_penalty as repetition_penalty, sample_token as sample_token, shape_logits as shape_logits
-from .strategies import top_k_filter as top_k_filter, top_p_filter as top_p_filter
+from .strategies import top_k_filter as top_k_filter, top_p_filter as top_p_filter, typical_filter as typical_filter
 
 # %% ../nbs/92_sample.ipynb #459819c5
 class StopFilter:
@@ -106,6 +108,7 @@ class Writer:
             raise SampleError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.config.vocab_size}: "
                               "use the tokenizer that the model was trained with")
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, special_ids(tokenizer)
+        self.reader: FusedReader | None = None              # how engines read: None, with the plain model
 
     def __repr__(self) -> str:
         c, kind = self.model.config, "int8" if is_int8(self.model) else "float"
@@ -173,7 +176,8 @@ class Keeper(Talker):
 # %% ../nbs/92_sample.ipynb #1cdde82d
 class LM(Keeper):
     """A model with its tokenizer: what `slm.load` returns. Settings of all methods that write:
-    `temperature=0.8, top_k=None, top_p=None, min_p=None, repetition_penalty=1.0, seed=0, max_new_tokens=200, stop=None`."""
+    `temperature=0.8, top_k=None, top_p=None, min_p=None, typical_p=None, repetition_penalty=1.0, presence_penalty=0.0,
+    frequency_penalty=0.0, no_repeat_ngram=None, seed=0, max_new_tokens=200, stop=None`."""
 
     def generate_batch(self, prompts: list[str], progress: bool = False, batch_size: int = 64, **settings) -> list[str]:
         "Continuations of many prompts; the i-th is what `generate` writes with seed + i."
@@ -194,6 +198,11 @@ class LM(Keeper):
         ids, n_bytes = [*self.prompt_ids(text), self.tokenizer.eot_id], len(text.encode())
         if not n_bytes: raise SampleError("an empty text has no bits per byte: give at least one character")
         return bits_per_byte(self.model, [ids], n_bytes)["bits_per_byte"]
+
+    def compile(self, kind: str = "int8", compiled: bool = True) -> LM:
+        "Itself; engines made of it (93a) read with a fused step in float32, bfloat16 or int8, compiled when its shapes are first met."
+        self.reader = FusedReader(self.model, kind, compiled)
+        return self
 
     def quantize(self, kind: str = "int8", group_size: int | None = None) -> LM:
         "A copy with every matrix in eight bits; this one stays as it is."

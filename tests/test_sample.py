@@ -16,6 +16,7 @@ from slm.model import TransformerLM
 from slm.quantize import int8_from_state, is_int8, open_model, quantize_model, save_model, size_bytes, use_int8_kernel
 from slm.sample import (
     LM,
+    Past,
     Sampling,
     StopFilter,
     TextStream,
@@ -24,13 +25,16 @@ from slm.sample import (
     generate_ids,
     generate_naive,
     load,
+    look_back,
     min_p_filter,
+    no_repeat_ngram,
     pick_tokens,
     repetition_penalty,
     sample_token,
     shape_logits,
     top_k_filter,
     top_p_filter,
+    typical_filter,
 )
 from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer
 
@@ -129,10 +133,51 @@ def test_repetition_penalty_by_definition():
 
 
 def test_order_of_strategies_is_fixed():
-    scores, seen = torch.randn(4, 30), torch.rand(4, 30) < 0.3
-    sampling = Sampling(temperature=0.7, top_k=12, top_p=0.8, min_p=0.05, repetition_penalty=1.3)
-    by_hand = min_p_filter(top_p_filter(top_k_filter(apply_temperature(repetition_penalty(scores, seen, 1.3), 0.7), 12), 0.8), 0.05)
-    assert torch.equal(shape_logits(scores, sampling, seen), by_hand)
+    scores, pasts = torch.randn(4, 30), [Past([1, 2, 3 + i, 2], 1) for i in range(4)]
+    sampling = Sampling(temperature=0.7, top_k=12, top_p=0.9, min_p=0.05, typical_p=0.8, repetition_penalty=1.3, presence_penalty=0.2)
+    back = torch.stack([look_back(row, sampling, past) for row, past in zip(scores, pasts, strict=True)])
+    by_hand = min_p_filter(top_p_filter(top_k_filter(apply_temperature(back, 0.7), 12), 0.9), 0.05)
+    assert torch.equal(shape_logits(scores, sampling, pasts), typical_filter(by_hand, 0.8))
+
+
+@given(SCORES, st.floats(0.01, 1))
+@settings(max_examples=100, deadline=None)
+def test_typical_by_definition(scores, p):
+    probs = probabilities(scores)
+    entropy = -sum(q * math.log(q) for q in probs)
+    order = sorted(range(len(probs)), key=lambda i: abs(-math.log(probs[i]) - entropy))
+    gaps = sorted(abs(-math.log(q) - entropy) for q in set(probs))
+    assume(all(b - a > 1e-9 for a, b in zip(gaps, gaps[1:], strict=False)))            # ties of another kind: the last digit decides
+    sums = np.cumsum([probs[i] for i in order])
+    assume(np.abs(sums - p).min() > 1e-9)
+    enough = next((n for n, total in enumerate(sums, 1) if total >= p), len(order))
+    found = survivors(typical_filter(torch.tensor(scores, dtype=torch.float64), p))
+    assert len(found) == enough and {scores[i] for i in found} == {scores[i] for i in order[:enough]}
+
+
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(0, 12), st.floats(-2, 2), st.floats(-2, 2))
+@settings(max_examples=100, deadline=None)
+def test_presence_and_frequency_by_definition(ids, n_prompt, presence, frequency):
+    scores, how = torch.randn(6), Sampling(presence_penalty=presence, frequency_penalty=frequency)
+    answer = ids[n_prompt:]
+    expected = [s - presence * (i in answer) - frequency * answer.count(i) for i, s in enumerate(scores.tolist())]
+    assert look_back(scores, how, Past(ids, n_prompt)).tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@given(st.lists(st.integers(0, 3), max_size=20), st.integers(1, 5))
+@settings(max_examples=200, deadline=None)
+def test_no_ngram_twice_by_definition(ids, n):
+    grams = {tuple(ids[i:i + n]) for i in range(len(ids) - n + 1)}
+    would_repeat = {t for t in range(4) if len(ids) >= n - 1 and (*ids[len(ids) - n + 1:], t) in grams}
+    expected = set(range(4)) - would_repeat or set(range(4))
+    assert survivors(no_repeat_ngram(torch.zeros(4), ids, n)) == expected
+
+
+def test_no_ngram_occurs_twice_in_an_answer():
+    for seed in range(5):
+        ids = generate_ids(babbler(), [[0]], Sampling(no_repeat_ngram=2, temperature=0.3, max_new_tokens=50), seeds=[seed])[0]
+        grams = list(zip([0, *ids], ids, strict=False))
+        assert len(set(grams)) == len(grams)
 
 
 # --------------------------------------------------------------------------------------------------------------- the draw
@@ -163,7 +208,8 @@ def test_filtered_tokens_are_never_drawn(u):
 
 # ------------------------------------------------------------------------------------------------- the engine and its oracle
 HOW = {"greedy": Sampling(temperature=0, max_new_tokens=20), "plain": Sampling(max_new_tokens=20, temperature=1.0),
-       "shaped": Sampling(max_new_tokens=20, temperature=1.2, top_k=40, top_p=0.95, min_p=0.02, repetition_penalty=1.2)}
+       "shaped": Sampling(max_new_tokens=20, temperature=1.2, top_k=40, top_p=0.95, min_p=0.02, repetition_penalty=1.2),
+       "back": Sampling(max_new_tokens=20, temperature=1.0, typical_p=0.9, presence_penalty=0.5, frequency_penalty=0.3, no_repeat_ngram=3)}
 
 
 @pytest.mark.parametrize("shape", SHAPES)
