@@ -81,7 +81,8 @@ def schema_of(form: dict) -> dict:
 # %% ../nbs/96h_serving.ipynb #42710f77
 def compile_form(tokenizer: object, schema: dict) -> object:
     "A compiled constraint for a JSON Schema. Raises ApiError for one that is not supported or too costly."
-    constrain = import_module("slm.constrain")                # heavy, and needed by few
+    try: constrain = import_module("slm.constrain")           # needed by few, so imported late
+    except ModuleNotFoundError: raise ApiError("forms cannot be enforced here: leave response_format out", 400, "invalid_schema") from None
     try: return constrain.compile_constraint(tokenizer, json_schema=schema)
     except SLMError as error: raise ApiError(str(error), 400, "invalid_schema", "response_format") from None
 
