@@ -220,7 +220,7 @@ CHECKS: dict[str, tuple[str, list[str]]] = {
     "export": ("slm/ is what the notebooks export", ["-m", "pytest", "tests/test_style.py", "-k", "package_is_what"]),
     "ruff": ("no lint", ["-m", "ruff", "check", "--output-format", "concise", "."]),
     "notebooks": ("every notebook runs", ["-c", "from nbdev.test import nbdev_test; nbdev_test(n_workers=2)"]),
-    "pytest": ("every test passes", ["-m", "pytest"]),
+    "pytest": ("every test passes", ["-m", "pytest", "-n", "2", "--dist", "loadfile"]),
 }
 
 def check_passes(name: str, words: list[str], timeout: float) -> bool:
@@ -236,7 +236,7 @@ def check_passes(name: str, words: list[str], timeout: float) -> bool:
 # %% ../nbs/98z_cli.ipynb #58ebe69a
 @command(app, "test", only=Word("Run one check alone: export, ruff, notebooks, pytest."),
          minutes=Word("Time limit of each check.", low=0.1))
-def test_command(*, only: Optional[str] = None, minutes: float = 10) -> None:
+def test_command(*, only: Optional[str] = None, minutes: float = 20) -> None:
     """Check the project itself, from the root of the repository.
 
     Export up to date, lint, every notebook, every test; exit code 0 when all is well.

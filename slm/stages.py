@@ -32,7 +32,7 @@ class RunConfig:
     minutes: float = 10.0           # the dial: `scale` multiplies every budget by wanted minutes / this
     corpus_bytes: int = 10_000_000  # text to write or to read, at most
     val_docs: int = 400             # held-out documents that bits per byte is measured on
-    sft_chats: int = 6_000          # conversations for fine-tuning
+    sft_chats: int = 10_000         # conversations for fine-tuning
     dpo_prompts: int = 240          # prompts answered by the SFT model and ranked by the judge
     dpo_samples: int = 3            # answers to each of them
     dpo_beta: float = 0.1           # strength of the pull towards the reference
@@ -48,8 +48,8 @@ def _training(steps: int, batch_size: int, context_length: int, lr: float = 1e-2
 RUN_PRESETS: dict[str, RunConfig] = {
     "story": RunConfig(
         model=PRESETS["story"],
-        pretrain=_training(800, 8, 256, eval_every=50, sample_every=200),
-        sft=_training(560, 4, 512),
+        pretrain=_training(440, 8, 256, eval_every=40, sample_every=200),
+        sft=_training(960, 4, 512),
         dpo=_training(30, 16, 512, lr=3e-4, muon_lr=6e-4)),
     "tiny": RunConfig(
         model=PRESETS["tiny"],
