@@ -224,7 +224,7 @@ class Engine(Desk):
 
     def read(self, pieces: dict[int, list[int]]) -> Tensor:
         "Logits (B, V) after the next tokens of some slots."
-        return read_slots(self.lm.model, self.cache, pieces)
+        return read_slots(self.lm.model, self.cache, pieces) if self.lm.reader is None else self.lm.reader(self.cache, pieces)
 
     @torch.inference_mode()
     def advance(self, requests: list[Request], counts: list[int]) -> list[Event]:

@@ -21,11 +21,19 @@ from .slots import SlotCache, rectangle
 from .strategies import SampleError
 
 # %% auto #0
-__all__ = ['NUMBERS', 'Joined', 'FusedAttention', 'FusedFeedForward', 'FusedBlock', 'FusedLM', 'FusedReader']
+__all__ = ['NUMBERS', 'stacked_int8', 'Joined', 'FusedHeads', 'FusedAttention', 'FusedFeedForward', 'FusedBlock', 'check_fusible',
+           'Tables', 'FusedLM', 'rows_to_read', 'border', 'FusedReader']
 
 # %% ../nbs/91c_fused.ipynb #941e8c35
 NUMBERS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}      # kind of weights → type of everything else
 
+def stacked_int8(parts: list[nn.Module]) -> tuple[Tensor, Tensor]:
+    "Whole numbers (N, K) and a scale a row (N, 1) of matrices above each other: their own where they are int8, else made here."
+    own = all(isinstance(p, Int8Weight) and p.scale.shape[1] == 1 for p in parts)
+    if own: return torch.cat([p.q for p in parts]), torch.cat([p.scale for p in parts])
+    return quantize_tensor(torch.cat([p.weight.detach() for p in parts]))
+
+# %% ../nbs/91c_fused.ipynb #e0ee1cd5
 class Joined(nn.Module):
     "Matrices that read the same vector, as one: x (M, K) → (M, N), in float32, bfloat16, or int8 with rounded inputs."
 
@@ -33,19 +41,17 @@ class Joined(nn.Module):
         super().__init__()
         dtype, biases = NUMBERS[kind], [getattr(p, "bias", None) for p in parts]
         self.bias = None if biases[0] is None else torch.cat(biases).detach().to(dtype)
-        rows = [p for p in parts if isinstance(p, Int8Weight) and p.scale.shape[1] == 1]
-        if kind != "int8": self.weight, self.q = torch.cat([p.weight.detach() for p in parts]).to(dtype), None
-        elif len(rows) == len(parts): self.q, self.scale = torch.cat([p.q for p in parts]), torch.cat([p.scale for p in parts])
-        else: self.q, self.scale = quantize_tensor(torch.cat([p.weight.detach() for p in parts]))
+        self.weight = torch.cat([p.weight.detach() for p in parts]).to(dtype) if kind != "int8" else None
+        if kind == "int8": self.q, self.scale = stacked_int8(parts)
 
     def forward(self, x: Tensor) -> Tensor:
         "x (M, K) → (M, N)."
-        y = F.linear(x, self.weight) if self.q is None else dynamic_linear(x, self.q, self.scale)
+        y = dynamic_linear(x, self.q, self.scale) if self.weight is None else F.linear(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 # %% ../nbs/91c_fused.ipynb #bea7ae63
-class FusedAttention(nn.Module):
-    "Attention over slots of a cache: x (B, T, D) → (B, T, D)."
+class FusedHeads(nn.Module):
+    "Queries, keys and values of one product."
 
     def __init__(self, attn: Attention, kind: str):
         super().__init__()
@@ -60,7 +66,12 @@ class FusedAttention(nn.Module):
         if self.q_norm is not None: q, k = self.q_norm(q), self.k_norm(k)
         return (q, k, v) if rotation is None else (apply_rope(q, *rotation), apply_rope(k, *rotation), v)
 
-    def forward(self, x: Tensor, mask: Tensor, rotation: tuple[Tensor, Tensor] | None, places: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+# %% ../nbs/91c_fused.ipynb #53cb311c
+class FusedAttention(FusedHeads):
+    "Attention over slots of a cache: x (B, T, D) → (B, T, D)."
+
+    def forward(self, x: Tensor, mask: Tensor, rotation: tuple[Tensor, Tensor] | None, places: Tensor, keys: Tensor,
+                values: Tensor) -> Tensor:
         "mask (B, 1 or H, T, S), additive; keys and values (B, Hkv, places, K), written at `places` (B, T)."
         (q, k, v), (B, T) = self.project(x, rotation), places.shape
         row = torch.arange(B, device=places.device)[:, None]
@@ -107,20 +118,21 @@ class FusedBlock(nn.Module):
         return x + self.ffn(self.ffn_norm(x))
 
 # %% ../nbs/91c_fused.ipynb #82b917dc
-class FusedLM(nn.Module):
-    "A `TransformerLM` arranged for writing, its weights as float32, bfloat16 or int8. Raises `SampleError` for mixtures of experts."
+def check_fusible(model: TransformerLM, kind: str) -> None:
+    "Raise `SampleError` for a kind of weights that there is not, and for mixtures of experts."
+    if kind not in NUMBERS: raise SampleError(f"unknown kind of weights {kind!r}: choose one of {', '.join(NUMBERS)}")
+    if any(isinstance(part, Experts) for part in model.modules()):
+        raise SampleError("a mixture of experts has no fused step: each token takes another way, so use the plain model")
 
-    def __init__(self, model: TransformerLM, kind: str = "int8", max_length: int | None = None):
+class Tables(nn.Module):
+    "All that a place says to a token, for every place of a context: rotations, penalties, vectors."
+
+    def __init__(self, model: TransformerLM):
         super().__init__()
-        if kind not in NUMBERS: raise SampleError(f"unknown kind of weights {kind!r}: choose one of {', '.join(NUMBERS)}")
-        if any(isinstance(part, Experts) for part in model.modules()):
-            raise SampleError("a mixture of experts has no fused step: each token takes another way, so use the plain model")
-        self.config, self.dtype, self.kind, self.places = model.config, NUMBERS[kind], kind, max_length or model.config.context_length
-        self.layers = nn.ModuleList([FusedBlock(layer, kind) for layer in model.layers])
-        self.embed, self.head, self.norm = model.embed, Joined([model.embed if model.head is None else model.head], kind), model.norm
-        self.pos_embed, seats = model.pos_embed, torch.arange(self.places, device=model.head_weight.device)
-        self.turns, self.bias = model.pos_embed.rotation(seats), model.pos_embed.bias(self.places, self.places, seats.device)
-        self.added = model.pos_embed.embedding(seats)
+        self.config, position, n = model.config, model.pos_embed, model.config.context_length
+        seats = torch.arange(n, device=model.head_weight.device)
+        self.turns, self.bias = position.rotation(seats), position.bias(n, n, seats.device)
+        with torch.no_grad(): self.added = position.embedding(seats)
 
     def mask(self, seats: Tensor, seen: int) -> Tensor:
         "(B, 1 or H, T, S) float: −∞ where a token at its seat (B, T) may not look, plus the penalty for distance."
@@ -129,6 +141,17 @@ class FusedLM(nn.Module):
         if window is not None: sees = sees & (key > seats[..., None] - window)
         bias = 0.0 if self.bias is None else self.bias[:, seats, :seen].transpose(0, 1)
         return torch.where(sees[:, None], bias, -torch.inf)
+
+# %% ../nbs/91c_fused.ipynb #27f3fb3a
+class FusedLM(Tables):
+    "A `TransformerLM` arranged for writing, its weights as float32, bfloat16 or int8. Raises `SampleError` for mixtures of experts."
+
+    def __init__(self, model: TransformerLM, kind: str = "int8"):
+        check_fusible(model, kind)
+        super().__init__(model)
+        self.kind, self.dtype, self.embed, self.norm = kind, NUMBERS[kind], model.embed, model.norm
+        self.layers = nn.ModuleList([FusedBlock(layer, kind) for layer in model.layers])
+        self.head = Joined([model.embed if model.head is None else model.head], kind)
 
     def forward(self, ids: Tensor, places: Tensor, last: Tensor | None, seen: int, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         "ids and places (B, T), keys and values of each layer → logits (B, V) after column `last` (B,), or of all columns (B, T, V)."
@@ -144,34 +167,34 @@ class FusedLM(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 # %% ../nbs/91c_fused.ipynb #0e01dd57
+def rows_to_read(texts: dict[int, list[int]], n_slots: int, chunk: int) -> tuple[list[int], bool]:
+    "The slots to read, and whether this is one of the shapes worth compiling."
+    lengths, span = [len(new) for new in texts.values()], list(range(min(texts), max(texts) + 1))
+    if max(lengths) == 1: return (span if len(texts) == 1 else list(range(n_slots))), True
+    return span, lengths == [chunk]
+
+def border(cache: SlotCache, texts: dict[int, list[int]], stride: int) -> int:
+    "Up to which place to look: the longest text with its new tokens, in whole strides."
+    longest = max(len(cache.texts[slot]) + len(new) for slot, new in texts.items())
+    return min(-(-longest // stride) * stride, cache.max_length)
+
+# %% ../nbs/91c_fused.ipynb #13274e6e
 class FusedReader:
-    "Reads slots with a `FusedLM`: call it as `read_slots` is called. With `compiled`, the shapes that occur most are compiled when first met."
+    "Reads slots with a `FusedLM`, called as `read_slots` is. With `compiled`, the shapes that occur most are compiled when first met."
 
     def __init__(self, model: TransformerLM, kind: str = "int8", compiled: bool = False, chunk: int = 128, stride: int = 256):
         self.lm, self.chunk, self.stride = FusedLM(model, kind), chunk, stride
         self.step = torch.compile(self.lm, dynamic=False) if compiled else None
 
-    def shape(self, cache: SlotCache, texts: dict[int, list[int]]) -> tuple[list[int], bool]:
-        "The slots to read, and whether this is one of the compiled shapes."
-        lengths, span = [len(new) for new in texts.values()], list(range(min(texts), max(texts) + 1))
-        if self.step is None: return span, False
-        if max(lengths) == 1: return (span if len(texts) == 1 else list(range(len(cache.texts)))), True
-        return span, len(lengths) == 1 and lengths[0] == self.chunk
-
     @torch.inference_mode()
     def __call__(self, cache: SlotCache, texts: dict[int, list[int]], every: bool = False) -> Tensor:
         "Read the next tokens of some slots, {slot: ids}; logits (B, V) after the last of each, or of `every` token (B, T, V)."
-        slots, known = self.shape(cache, texts)
+        slots, known = rows_to_read(texts, len(cache.texts), self.chunk)
+        known = known and self.step is not None and not every
         ids, places = rectangle([texts.get(s, []) for s in slots], [len(cache.texts[s]) for s in slots], cache.max_length)
-        longest = max(len(cache.texts[s]) + len(new) for s, new in texts.items())
-        seen = min(-(-longest // self.stride) * self.stride, cache.max_length) if known else longest
         last = None if every else torch.tensor([max(len(texts.get(s, [])) - 1, 0) for s in slots])
-        inputs, stores = [t if t is None else t.to(cache.keys[0].device) for t in (ids, places, last)], self.stores(cache, slots)
-        logits = (self.step if known and not every else self.lm)(*inputs, seen, *stores)
+        inputs = [t if t is None else t.to(cache.keys[0].device) for t in (ids, places, last)]
+        stores = ([k[slots[0]:slots[-1] + 1] for k in block] for block in (cache.keys, cache.values))        # views, no copies
+        logits = (self.step if known else self.lm)(*inputs, border(cache, texts, self.stride if known else 1), *stores)
         for slot, new in texts.items(): cache.texts[slot] += new
         return logits[[slots.index(slot) for slot in texts]].cpu()
-
-    def stores(self, cache: SlotCache, slots: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-        "Keys and values of some slots for each layer, as views of the cache."
-        first, last = slots[0], slots[-1] + 1
-        return [k[first:last] for k in cache.keys], [v[first:last] for v in cache.values]

@@ -20,6 +20,7 @@ __all__ = ['StopFilter', 'TextStream', 'write_out', 'utf8_text', 'sampling_of', 
 from .artifacts import latest_checkpoint, step_folders
 from .config import from_dict
 from .decode import Decoder, generate_ids
+from .fused import FusedReader
 from .ground import pick_device
 from .interop import export_model, format_of, import_model
 from .loss import bits_per_byte
@@ -107,6 +108,7 @@ class Writer:
             raise SampleError(f"the tokenizer has {tokenizer.vocab_size} tokens but the model knows {model.config.vocab_size}: "
                               "use the tokenizer that the model was trained with")
         self.model, self.tokenizer, self.stop_ids = model, tokenizer, special_ids(tokenizer)
+        self.reader: FusedReader | None = None              # how engines read: None, with the plain model
 
     def __repr__(self) -> str:
         c, kind = self.model.config, "int8" if is_int8(self.model) else "float"
@@ -196,6 +198,11 @@ class LM(Keeper):
         ids, n_bytes = [*self.prompt_ids(text), self.tokenizer.eot_id], len(text.encode())
         if not n_bytes: raise SampleError("an empty text has no bits per byte: give at least one character")
         return bits_per_byte(self.model, [ids], n_bytes)["bits_per_byte"]
+
+    def compile(self, kind: str = "int8", compiled: bool = True) -> LM:
+        "Itself; engines made of it (93a) read with a fused step in float32, bfloat16 or int8, compiled when its shapes are first met."
+        self.reader = FusedReader(self.model, kind, compiled)
+        return self
 
     def quantize(self, kind: str = "int8", group_size: int | None = None) -> LM:
         "A copy with every matrix in eight bits; this one stays as it is."
