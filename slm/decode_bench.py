@@ -26,7 +26,7 @@ from .tokenizer import SPECIAL_TOKENS, BPETokenizer
 
 # %% auto #0
 __all__ = ['BENCH', 'Contender', 'rate', 'contest', 'our_contender', 'transformers_contender', 'LlamaServer', 'llama_contender',
-           'field', 'bench_decode', 'bench_table']
+           'our_field', 'their_field', 'bench_decode', 'bench_table']
 
 # %% ../nbs/93d_decode_bench.ipynb #e3debc1d
 BENCH = ModelConfig(vocab_size=32_000, context_length=256, n_layer=6, n_head=6, d_model=288, d_ff=768)
@@ -115,24 +115,26 @@ def llama_contender(path: Path, n: int = 40, prompt: int = 128) -> Contender:
     return run
 
 # %% ../nbs/93d_decode_bench.ipynb #43f62cd3
-def field(model: TransformerLM, folder: Path, compiled: bool = True, peers: bool = True, n: int = 40, prompt: int = 128) -> dict[str, Contender]:
-    "Every contender on the weights of one model; files for the peers go to `folder`."
-    found = {"slm float32, plain": our_contender(model, None, n=n, prompt=prompt)}
-    for kind in ("float32", "bfloat16", "int8"):
-        for mode in ("eager", "compiled") if compiled else ("eager",):
-            found[f"slm {kind}, {mode}"] = our_contender(model, kind, mode == "compiled", n, prompt)
-    if peers:
-        tok = BPETokenizer.train([STORY], vocab_size=320, special_tokens=SPECIAL_TOKENS)
-        found["transformers float32"] = transformers_contender(export_hf(folder / "hf", model), n, prompt)
-        found["llama.cpp Q8_0"] = llama_contender(export_gguf(folder / "model.gguf", model, tok, dtype="q8_0"), n, prompt)
-    return found
+def our_field(model: TransformerLM, compiled: bool = True) -> dict[str, Contender]:
+    "The plain model, and the fused step in three kinds of numbers, compiled or not."
+    modes = ("eager", "compiled") if compiled else ("eager",)
+    pairs = [(kind, mode) for kind in ("float32", "bfloat16", "int8") for mode in modes]
+    fused = {f"slm {kind}, {mode}": our_contender(model, kind, mode == "compiled") for kind, mode in pairs}
+    return {"slm float32, plain": our_contender(model), **fused}
 
-# %% ../nbs/93d_decode_bench.ipynb #a3af5cf0
+def their_field(model: TransformerLM, folder: Path) -> dict[str, Contender]:
+    "The peers on the same weights; their files go to `folder`. llama.cpp wants a tokenizer, so it gets one."
+    tok = BPETokenizer.train([STORY], vocab_size=320, special_tokens=SPECIAL_TOKENS)
+    return {"transformers float32": transformers_contender(export_hf(folder / "hf", model)),
+            "llama.cpp Q8_0": llama_contender(export_gguf(folder / "model.gguf", model, tok, dtype="q8_0"))}
+
+# %% ../nbs/93d_decode_bench.ipynb #9ba04878
 def bench_decode(shape: ModelConfig = BENCH, compiled: bool = True, peers: bool = True, rounds: int = 3) -> dict:
     "Tokens a second of every contender, and on what: the contents of `nbs/results/decode.json`."
     seed_everything(0)
     with tempfile.TemporaryDirectory() as folder:
-        speeds = contest(field(TransformerLM(shape).eval(), Path(folder), compiled, peers), rounds)
+        model = TransformerLM(shape).eval()
+        speeds = contest(our_field(model, compiled) | (their_field(model, Path(folder)) if peers else {}), rounds)
     return {"torch": torch.__version__, "threads": torch.get_num_threads(), "rounds": rounds, "tokens_per_second": speeds}
 
 # %% ../nbs/93d_decode_bench.ipynb #137891aa

@@ -185,6 +185,7 @@ class FusedReader:
     def __init__(self, model: TransformerLM, kind: str = "int8", compiled: bool = False, chunk: int = 128, stride: int = 256):
         self.lm, self.chunk, self.stride = FusedLM(model, kind), chunk, stride
         self.step = torch.compile(self.lm, dynamic=False) if compiled else None
+        if compiled: torch._dynamo.config.recompile_limit = 64        # all readers share one count of shapes, and past it none is compiled
 
     @torch.inference_mode()
     def __call__(self, cache: SlotCache, texts: dict[int, list[int]], every: bool = False) -> Tensor:
