@@ -19,6 +19,7 @@ import typer
 import slm.lab_cli  # noqa: F401  its commands, too
 import slm.look_cli  # noqa: F401
 import slm.make  # noqa: F401  its commands join the program
+import slm.data_cli  # noqa: F401
 import slm.train_cli  # noqa: F401
 import slm.serve_cli  # noqa: F401
 from .shell import STOPPED, Word, app, choose_checkpoint, command, duration, read_text, write
