@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .config import SLMError
+from .sources import looks_like_hub, quiet_datasets
 
 # %% auto #0
 __all__ = ['SHAREGPT_ROLES', 'ANSWER_FIELDS', 'ChatError', 'sharegpt_messages', 'question_of', 'answered_question',
-           'chat_from_row', 'check_message', 'check_chat', 'file_rows', 'read_rows', 'usable_rows', 'load_chats',
-           'answer_of', 'prompt_of', 'pair_from_row', 'load_pairs']
+           'chat_from_row', 'check_message', 'check_chat', 'parquet_rows', 'file_rows', 'hub_rows', 'read_rows',
+           'usable_rows', 'load_chats', 'answer_of', 'prompt_of', 'pair_from_row', 'load_pairs']
 
 # %% ../nbs/60_chats.ipynb #0eb90617
 class ChatError(SLMError, ValueError):
@@ -93,8 +94,17 @@ def check_chat(messages: list[dict]) -> list[dict]:
     return messages
 
 # %% ../nbs/60_chats.ipynb #ccac0547
+def parquet_rows(path: Path) -> Iterator[dict]:
+    "The rows of a parquet file, a thousand read at a time."
+    from pyarrow.parquet import ParquetFile  # comes with `datasets`
+    return (row for batch in ParquetFile(path).iter_batches(batch_size=1024) for row in batch.to_pylist())
+
+# %% ../nbs/60_chats.ipynb #6dd4041b
 def file_rows(path: Path) -> Iterator[tuple[int, str | object]]:
-    "(number, row) of a .jsonl or .jsonl.gz (rows still text) or .json file (rows already objects); numbers begin at 1."
+    "(number, row) of a .jsonl or .jsonl.gz file (rows still text), a .json or .parquet file (objects); numbers begin at 1."
+    if path.suffix == ".parquet":
+        yield from enumerate(parquet_rows(path), 1)
+        return
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as f:
         if path.suffix == ".json":
@@ -103,22 +113,36 @@ def file_rows(path: Path) -> Iterator[tuple[int, str | object]]:
         else:
             yield from ((number, line) for number, line in enumerate(f, 1) if line.strip())
 
-# %% ../nbs/60_chats.ipynb #6dd4041b
+# %% ../nbs/60_chats.ipynb #5df07242
+def hub_rows(name: str, error: type[SLMError] = ChatError, split: str = "train") -> Iterator[tuple[str, object]]:
+    "(name, row) of a data set of the hub, `owner/name` or `owner/name:config`, streamed. Raises `error` when it cannot be read."
+    repo, _, config = name.partition(":")
+    with quiet_datasets() as datasets:
+        try:
+            rows = datasets.load_dataset(repo, config or None, split=split, streaming=True)
+            yield from ((f"row {number} of {name}", row) for number, row in enumerate(rows, 1))
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+            raise error(f"hub data set {name!r} cannot be read ({str(e)[:99]}): check name and network, or give a file") from None
+
+# %% ../nbs/60_chats.ipynb #f76e048d
 def read_rows(source: str | Path | Iterable, error: type[SLMError] = ChatError) -> Iterator[tuple[str, object]]:
-    "(name, row) of a file or of any iterable; the name is for error messages. Raises `error` for a file that cannot be read."
+    "(name, row) of a file, a hub data set, or any iterable; the name is for error messages. Raises `error` for what cannot be read."
     if not isinstance(source, (str, Path)):
         yield from ((f"row {number}", row) for number, row in enumerate(source, 1))
         return
     path, number = Path(source), 0
+    if not path.is_file() and looks_like_hub(str(source), path):
+        yield from hub_rows(str(source), error)
+        return
     if not path.is_file():
-        raise error(f"there is no file {source}: name a .jsonl, .jsonl.gz or .json file")
+        raise error(f"there is no file {source}: name a .jsonl, .jsonl.gz, .json or .parquet file, or owner/name of the hub")
     try:
         for number, row in file_rows(path):
             yield f"row {number} of {path.name}", json.loads(row) if isinstance(row, str) else row
     except json.JSONDecodeError as e:
         where = path.name if path.suffix == ".json" else f"row {number} of {path.name}"
         raise error(f"{where} is not JSON ({e.msg}, line {e.lineno}, column {e.colno}): correct it or take it out") from None
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e:
+    except (ValueError, OSError, EOFError) as e:  # no UTF-8, no gzip, no parquet
         raise error(f"{path.name} cannot be read after row {number}: {e}") from None
 
 # %% ../nbs/60_chats.ipynb #65eeec57

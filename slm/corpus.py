@@ -167,7 +167,8 @@ def write_corpus(source: Source, out_dir: str | Path, *, max_bytes: int | None =
     a small validation side is raised to 32 documents or a tenth. Raises DataError when nothing is left for a side."""
     check_bounds(source, max_bytes, max_docs, val_fraction)
     require_space(out_dir, int(1.2 * (max_bytes or 0)), f"a corpus of {human_bytes(max_bytes or 0)}")
-    meta = {"source": source.name, "fingerprint": source.fingerprint(), "seed": seed, "val_fraction": val_fraction}
+    bounds = [max_bytes, max_docs, val_docs_max]
+    meta = {"source": source.name, "fingerprint": source.fingerprint(), "seed": seed, "val_fraction": val_fraction, "bounds": bounds}
     with atomic_dir(out_dir, "corpus", meta=meta) as folder, progress_bar(max_bytes, "corpus", show=progress) as bar:
         documents = bounded(sort_documents(source, val_fraction, val_docs_max, seed), max_bytes, max_docs)
         tallies, dropped = fill_corpus(folder, documents, bar)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'token_dtype', 'check_ids', 'in_batches', 'encode_documents', 'cut_shards', 'write_shards', 'pack_split',
-           'write_pack', 'window_starts', 'rows_of_step', 'Pack', 'documents', 'windows', 'cut_row', 'batch']
+           'encode_side', 'write_pack', 'window_starts', 'rows_of_step', 'places_of', 'Pack', 'documents', 'windows',
+           'cut_row', 'batch']
 
 # %% ../nbs/43_data.ipynb #a03639ab
 import itertools
@@ -30,9 +31,14 @@ class Encoder(Protocol):
         """The ids of each text, without special ones."""
 
 # %% ../nbs/43_data.ipynb #7ad89413
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Little-endian uint16 when every id fits, else uint32."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+def token_dtype(vocab_size: int, name: str | None = None) -> np.dtype:
+    """Little-endian uint16 when every id fits, else uint32; or the one named. Raises DataError when ids would overflow it."""
+    kinds = {"uint16": "<u2", "uint32": "<u4"}
+    if name not in (None, *kinds):
+        raise DataError(f"tokens are stored as uint16 or uint32, not as {name}: choose one, or none to let the vocabulary decide")
+    if name == "uint16" and vocab_size > 1 << 16:
+        raise DataError(f"a vocabulary of {vocab_size:,} does not fit into uint16 (65,536 ids): choose uint32")
+    return np.dtype(kinds[name or ("uint16" if vocab_size <= 1 << 16 else "uint32")])
 
 # %% ../nbs/43_data.ipynb #5c77ef47
 def check_ids(ids: np.ndarray, text: str, tokenizer: Encoder) -> None:
@@ -89,28 +95,33 @@ def write_shards(folder: Path, split: str, encoded: Iterable[tuple[np.ndarray, i
     return shards
 
 # %% ../nbs/43_data.ipynb #b5c3cac6
-def pack_split(folder: Path, split: str, corpus_dir: str | Path, tokenizer: Encoder, shard_tokens: int, bar: tqdm) -> dict:
-    """Encode one side of a corpus into shards; return {"tokens", "documents", "bytes", "shards"} with the sums."""
-    encoded = encode_documents(read_corpus(corpus_dir, split), tokenizer, token_dtype(tokenizer.vocab_size))
-    shards = write_shards(folder, split, encoded, tokenizer.eot_id, shard_tokens, bar)
+def pack_split(folder: Path, split: str, encoded: Iterable[tuple[np.ndarray, int]], eot_id: int, shard_tokens: int, bar: tqdm) -> dict:
+    """Write the encoded documents of one side into shards; return {"tokens", "documents", "bytes", "shards"} with the sums."""
+    shards = write_shards(folder, split, encoded, eot_id, shard_tokens, bar)
     return {**{key: sum(shard[key] for shard in shards) for key in ("tokens", "documents", "bytes")}, "shards": shards}
+
+# %% ../nbs/43_data.ipynb #fad3abba
+def encode_side(corpus_dir: str | Path, split: str, tokenizer: Encoder, dtype: np.dtype) -> Iterator[tuple[np.ndarray, int]]:
+    """`encode_documents` of one side of a corpus."""
+    return encode_documents(read_corpus(corpus_dir, split), tokenizer, dtype)
 
 # %% ../nbs/43_data.ipynb #f3d06b92
 def write_pack(corpus_dir: str | Path, tokenizer: Encoder, out_dir: str | Path, shard_tokens: int = 1 << 24,
-               progress: bool | None = None) -> dict:
-    """Encode a corpus into `out_dir/{train,val}-00000.bin …` with `metadata.json`; return the metadata.
-    Raises DataError or ArtifactError."""
+               progress: bool | None = None, dtype: str | None = None, encode: Callable = encode_side) -> dict:
+    """Encode a corpus into `out_dir/{train,val}-00000.bin …` with `metadata.json`; return the metadata. `encode` may be another way to
+    the same ids. Raises DataError or ArtifactError."""
     manifest = verify(corpus_dir)
     if manifest["kind"] != "corpus":
         raise DataError(f"{corpus_dir} holds a {manifest['kind']}, but a pack is made from a corpus")
     meta, total = manifest["meta"], sum(manifest["meta"][side]["bytes"] for side in ("train", "val"))
-    metadata = {"dtype": token_dtype(tokenizer.vocab_size).str, "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
+    kind = token_dtype(tokenizer.vocab_size, dtype)
+    metadata = {"dtype": kind.str, "vocab_size": tokenizer.vocab_size, "eot_id": tokenizer.eot_id,
                 "tokenizer": tokenizer.hash, "corpus": manifest["id"], "source": meta["source"], "splits": {}}
-    require_space(out_dir, total, "the pack")
+    require_space(out_dir, total * kind.itemsize // 2, "the pack")
     parents = {"corpus": manifest["id"], "tokenizer": tokenizer.hash}
-    with atomic_dir(out_dir, "pack", parents) as folder, progress_bar(total, "pack", show=progress) as bar:
+    with atomic_dir(out_dir, "pack", parents, {"shard_tokens": shard_tokens}) as folder, progress_bar(total, "pack", show=progress) as bar:
         for side in ("train", "val"):
-            split = pack_split(folder, side, corpus_dir, tokenizer, shard_tokens, bar)
+            split = pack_split(folder, side, encode(corpus_dir, side, tokenizer, kind), tokenizer.eot_id, shard_tokens, bar)
             metadata["splits"][side] = {**split, "bits": meta[side]["bits"]}
         write_json(folder / "metadata.json", metadata)
     return metadata
@@ -142,6 +153,12 @@ def rows_of_step(n_rows: int, key: tuple, step: int, batch_size: int) -> list[in
     return rows
 
 # %% ../nbs/43_data.ipynb #bef71932
+def places_of(shard: np.ndarray, token: int, size: int = 1 << 22) -> np.ndarray:
+    """The positions of a token, int64, searched in pieces so that a large shard needs no memory of its own size."""
+    found = [start + np.flatnonzero(shard[start:start + size] == token) for start in range(0, len(shard), size)]
+    return np.concatenate([np.zeros(0, np.int64), *found])
+
+# %% ../nbs/43_data.ipynb #43a0a3be
 class Pack:
     """A verified pack of tokens, read through memory maps. Raises ArtifactError when damaged, DataError when it is no pack."""
 
@@ -167,7 +184,7 @@ class Pack:
 
     def doc_starts(self, split: str) -> list[np.ndarray]:
         """For each shard the positions, int64, of the EOTs that open its documents."""
-        return self.once(("docs", split), lambda: [np.flatnonzero(shard == self.eot_id)[:-1] for shard in self.tokens(split)])
+        return self.once(("docs", split), lambda: [places_of(shard, self.eot_id)[:-1] for shard in self.tokens(split)])
 
 # %% ../nbs/43_data.ipynb #4526e06d
 def documents(self: Pack, split: str, limit: int | None = None) -> Iterator[list[int]]:

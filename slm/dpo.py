@@ -15,19 +15,23 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from .artifacts import artifact_id, latest_checkpoint, read_json
+from .adapting import check_kept, fine_tune
+from .artifacts import artifact_id
+from .lora import LoRAConfig
 from .optim import TrainConfig
-from .preference_loss import DPOError, dpo_objective
+from .preference_loss import DPOError
+from .preference_loss import dpo_objective as dpo_objective
 from .preference_loss import dpo_loss as dpo_loss  # part of this chapter's front door
 from .preferences import PreferenceData, build_preferences, load_preferences, pair_rows, save_preferences, with_reference
 from .preferences import reference_logprobs as reference_logprobs
-from .pretrain import read_log, train
+from .preference_variants import by_base, by_copy, frozen_copy, preference_objective, with_live_reference
+from .pretrain import read_log
 from .sft import load_base
 from .steps import autocast
 
 # %% auto #0
-__all__ = ['DPO_PANELS', 'FACTS', 'BANDS', 'evaluate_preferences', 'prepared', 'check_objective', 'dpo', 'draw_column',
-           'plot_dpo', 'broken_run', 'log_facts', 'Band', 'pair_faults', 'inspect_pairs', 'diagnose']
+__all__ = ['DPO_PANELS', 'FACTS', 'BANDS', 'evaluate_preferences', 'prepared', 'live_objective', 'held_out_metrics', 'dpo',
+           'draw_column', 'plot_dpo', 'broken_run', 'log_facts', 'Band', 'pair_faults', 'inspect_pairs', 'diagnose']
 
 # %% ../nbs/72_dpo.ipynb #e93a7b1a
 @torch.no_grad()
@@ -60,42 +64,54 @@ def prepared(data: PreferenceData, model: nn.Module, base_id: str, run_dir: str 
     return data
 
 # %% ../nbs/72_dpo.ipynb #b5f42cac
-def check_objective(run_dir: str | Path, settings: dict[str, float]) -> None:
-    "Refuse a folder whose checkpoint was trained with another beta, label_smoothing or sft_weight. Raises DPOError."
-    found = latest_checkpoint(run_dir) if Path(run_dir).is_dir() else None
-    before = read_json(found / "state.json").get("objective", {}) if found else settings
-    for name, value in settings.items():
-        if before.get(name) != value:
-            raise DPOError(f"{run_dir} holds a run with {name} = {before.get(name)}, and this one has {value}: "
-                           "use another folder, or the same settings")
+def live_objective(objective: Callable, model: nn.Module, reference: str, lora: LoRAConfig | None) -> Callable:
+    "The objective with its reference where it was asked to be: stored in the batch, in a copy, or in the base. Raises DPOError."
+    if reference == "stored":
+        return objective
+    if reference == "base" and lora is None:
+        raise DPOError("reference='base' needs an adapter that can be switched off: give lora=LoRAConfig(...), or use 'stored' or 'copy'")
+    if reference not in ("copy", "base"):
+        raise DPOError(f"reference is {reference!r}: choose 'stored', 'copy' or 'base'")
+    return with_live_reference(objective, by_copy(frozen_copy(model)) if reference == "copy" else by_base)
 
 # %% ../nbs/72_dpo.ipynb #15cbe7b2
+def held_out_metrics(
+    data: PreferenceData | None, model: nn.Module, base_id: str, objective: Callable, config: TrainConfig
+) -> Callable | None:
+    "evaluate(model) for train(): the objective's means over held-out pairs, whose reference is computed now. None without pairs."
+    known = None if data is None else with_reference(data, model, base_id, config)
+    return None if known is None else lambda model: evaluate_preferences(model, known, objective, config)
+
+# %% ../nbs/72_dpo.ipynb #e58da545
 def dpo(
     base_path: str | Path,  # a step folder or a run folder, usually of SFT: the start and the reference
     data: PreferenceData | str | Path,
     config: TrainConfig,
     run_dir: str | Path,
     *,
+    loss: str = "dpo",  # or ipo, simpo, orpo
     beta: float = 0.1,  # how firmly the reference is held on to: larger is closer to it
     label_smoothing: float = 0.0,
     sft_weight: float = 0.0,  # weight of the chosen answer's mean negative log-likelihood
+    gamma: float = 0.5,  # SimPO's margin
+    reference: str = "stored",  # where it lives: stored, copy, or base (LoRA with its adapter off)
+    lora: LoRAConfig | None = None, neftune: float = 0.0,
     held_out: PreferenceData | None = None,  # its metrics are logged as val_…
     sample: Callable | None = None,  # as in train()
     quiet: bool = False,
 ) -> dict:
     "Train on preference pairs, from the base and against it; resumes by itself. Returns train()'s summary. Raises DPOError."
-    settings = {"beta": beta, "label_smoothing": label_smoothing, "sft_weight": sft_weight}
-    objective, data = dpo_objective(**settings), load_preferences(data) if isinstance(data, (str, Path)) else data
-    check_objective(run_dir, settings)
+    settings = {"loss": loss, "beta": beta, "label_smoothing": label_smoothing, "sft_weight": sft_weight, "gamma": gamma}
+    objective, data = preference_objective(**settings), load_preferences(data) if isinstance(data, (str, Path)) else data
+    check_kept(run_dir, settings, DPOError)
     model, checkpoint = load_base(base_path, data.tokenizer_hash, int(data.lengths.max()), DPOError)
     base_id = artifact_id(checkpoint.path)
-    data = prepared(data, model, base_id, run_dir, config)
-    held_out = None if held_out is None else with_reference(held_out, model, base_id, config)
-    return train(
-        model, lambda step: data.batch(config.seed, step, config.batch_size), objective, config, run_dir, sample=sample,
-        evaluate=None if held_out is None else lambda model: evaluate_preferences(model, held_out, objective, config),
+    data, train_on = prepared(data, model, base_id, run_dir, config), live_objective(objective, model, reference, lora)
+    return fine_tune(
+        model, lambda step: data.batch(config.seed, step, config.batch_size), train_on, config, run_dir, lora=lora, neftune=neftune,
+        settings=settings, sample=sample, evaluate=held_out_metrics(held_out, model, base_id, objective, config),
         parents={"base": base_id, "data": artifact_id(Path(run_dir) / "preferences"), "tokenizer": data.tokenizer_hash},
-        files={"tokenizer.json": Path(checkpoint.path) / "tokenizer.json"}, state_extra={"objective": settings}, title="dpo", quiet=quiet)
+        files={"tokenizer.json": Path(checkpoint.path) / "tokenizer.json"}, title="dpo", quiet=quiet)
 
 # %% ../nbs/72_dpo.ipynb #7881b6dd
 DPO_PANELS = (  # title, lines drawn, the value at the start

@@ -39,7 +39,8 @@ def dpo_metrics(logp: Tensor, reference: Tensor, tokens: Tensor, beta: float) ->
         "margin": margin, "reward_chosen": beta * change[:, 0], "reward_rejected": beta * change[:, 1],
         "logp_chosen": logp[:, 0].detach(), "logp_rejected": logp[:, 1].detach(),
         "change_chosen": change[:, 0], "change_rejected": change[:, 1],
-        "drift": (change.abs() / tokens.clamp(min=1)).mean(1), "answer_tokens": tokens.float().mean(1),
+        "drift": (change.abs() / tokens.clamp(min=1)).mean(1), "kl": -(change / tokens.clamp(min=1)).mean(1),
+        "answer_tokens": tokens.float().mean(1),
     }
     return {name: value.sum().item() for name, value in values.items()}
 

@@ -17,18 +17,20 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
+from .adapting import fine_tune
 from .artifacts import artifact_id, atomic_dir, verify
 from .chats import ChatError, load_chats
 from .config import SLMError, rng
+from .lora import LoRAConfig
 from .optim import TrainConfig
-from .pretrain import load_model, train
+from .pretrain import load_model
 from .steps import autocast, lm_loss
 from .tokenizer import Tokenizer, load_tokenizer
 
 # %% auto #0
 __all__ = ['IGNORE', 'SFTError', 'chat_labels', 'Html', 'show_mask', 'render_chats', 'fitting_length', 'pack_in_order',
            'padding_share', 'pack_best_fit', 'fill_rows', 'epoch_rows', 'content_id', 'save_arrays', 'load_arrays',
-           'SFTData', 'build_sft', 'load_base', 'held_out_loss', 'sft']
+           'SFTData', 'fitting_lengths', 'build_sft', 'load_base', 'held_out_loss', 'sft']
 
 # %% ../nbs/61_sft.ipynb #1c48371e
 class SFTError(ChatError):
@@ -202,12 +204,27 @@ class SFTData:
         return cls(**arrays, tokenizer_hash=manifest["parents"]["tokenizer"], stats=manifest["meta"])
 
 # %% ../nbs/61_sft.ipynb #becd1958
+def fitting_lengths(rendered: list[tuple], end_id: int, context_length: int, on_long: str = "cut") -> list[int]:
+    "`fitting_length` of every chat under a policy: cut, skip (0 for what is too long) or raise, naming the first by number."
+    if on_long not in ("cut", "skip", "raise"):
+        raise SFTError(f"on_long is {on_long!r}: choose 'cut', 'skip' or 'raise'")
+    too_long = [len(ids) > context_length for ids, _ in rendered]
+    if on_long == "raise" and any(too_long):
+        first = too_long.index(True)
+        raise SFTError(f"conversation {first + 1} has {len(rendered[first][0])} tokens and a row holds {context_length}: raise "
+                       "context_length, or let it be cut or skipped with on_long")
+    return [0 if on_long == "skip" and long else fitting_length(ids, mask, end_id, context_length)
+            for (ids, mask), long in zip(rendered, too_long, strict=True)]
+
+# %% ../nbs/61_sft.ipynb #31312ba9
 def build_sft(
-    chats: str | Path | Iterable, tokenizer: Tokenizer, context_length: int, seed: int = 0, on_bad: str = "raise"
+    chats: str | Path | Iterable, tokenizer: Tokenizer, context_length: int, seed: int = 0,
+    on_bad: str = "raise",  # a row that makes no sense: "raise" or "skip"
+    on_long: str = "cut",  # a conversation longer than a row: "cut" after its last whole answer, "skip" or "raise"
 ) -> SFTData:
     "Read, render, cut, pack: rows of any accepted shape → SFTData. Raises SFTError naming the row, or when nothing fits."
     rendered, end = render_chats(tokenizer, load_chats(chats, on_bad, SFTError)), tokenizer.special_id("<|end|>")
-    keep = [fitting_length(ids, mask, end, context_length) for ids, mask in rendered]
+    keep = fitting_lengths(rendered, end, context_length, on_long)
     if not any(keep):
         raise SFTError(f"no answer fits into {context_length} tokens: raise context_length or use shorter conversations")
     kept = [(ids[:n], mask[:n]) for (ids, mask), n in zip(rendered, keep) if n]
@@ -252,14 +269,16 @@ def sft(
     run_dir: str | Path,
     *,
     held_out: SFTData | None = None,  # its loss is logged every `config.eval_every` steps
+    lora: LoRAConfig | None = None,  # train an adapter instead of every weight
+    neftune: float = 0.0,  # alpha of the noise on embeddings
     sample: Callable | None = None,  # as in train()
     quiet: bool = False,
 ) -> dict:
-    "Fine-tune every weight of the base on the data; resumes by itself. Returns train()'s summary. Raises SFTError."
+    "Fine-tune the base on the data, all weights or an adapter; resumes by itself. Returns train()'s summary. Raises SFTError."
     data = SFTData.load(data) if isinstance(data, (str, Path)) else data
     model, checkpoint = load_base(base_path, data.tokenizer_hash, data.ids.shape[1])
-    return train(
-        model, lambda step: data.batch(config.seed, step, config.batch_size), lm_loss, config, run_dir,
+    return fine_tune(
+        model, lambda step: data.batch(config.seed, step, config.batch_size), lm_loss, config, run_dir, lora=lora, neftune=neftune,
         evaluate=None if held_out is None else lambda model: held_out_loss(model, held_out, config), sample=sample,
         parents={"base": artifact_id(checkpoint.path), "data": data.id, "tokenizer": data.tokenizer_hash},
         files={"tokenizer.json": Path(checkpoint.path) / "tokenizer.json"}, title="sft", quiet=quiet)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MARKER', 'TABLES', 'HUB_NAME', 'CLEANING', 'DataError', 'why_not_text', 'text_pieces', 'holds_marker', 'cut_at_marks',
            'cut_long', 'paragraphs', 'cut_at_blank_lines', 'Source', 'document', 'read_text_file', 'trouble_with',
-           'text_source', 'table_kind', 'quiet_datasets', 'lines_of', 'first_bad_line', 'row_document', 'stream_rows',
-           'table_source', 'visible_files', 'file_source', 'folder_source', 'hub_revision', 'hub_source',
+           'text_source', 'table_kind', 'quiet_datasets', 'hide_secrets', 'lines_of', 'first_bad_line', 'row_document',
+           'stream_rows', 'table_source', 'visible_files', 'file_source', 'folder_source', 'hub_revision', 'hub_source',
            'storyworld_source', 'kind_on_disk', 'refuse_name', 'looks_like_hub', 'open_source', 'unify_newlines',
            'compose', 'drop_controls', 'trim', 'clean']
 
@@ -56,12 +56,15 @@ def holds_marker(path: Path) -> bool:
         tail = piece[-len(MARKER):]
     return False
 
-def cut_at_marks(pieces: Iterable[str]) -> Iterator[str]:
-    """The documents between end-of-text markers."""
+def cut_at_marks(pieces: Iterable[str], limit: int = 1 << 24) -> Iterator[str]:
+    """The documents between end-of-text markers; one longer than `limit` characters comes in several, cut at line ends where it can be."""
     rest = ""
     for piece in pieces:
         *documents, rest = (rest + piece).split(MARKER)
         yield from documents
+        if len(rest) > limit + len(MARKER):               # the tail may hold the beginning of a marker
+            *parts, rest = cut_long(rest, limit)
+            yield from parts
     yield rest
 
 # %% ../nbs/41_sources.ipynb #aa50adef
@@ -164,6 +167,12 @@ def quiet_datasets() -> Iterator[ModuleType]:
     finally:
         datasets.logging.set_verbosity(level)
 
+# %% ../nbs/41_sources.ipynb #4ea9413f
+def hide_secrets(text: str) -> str:
+    """A text with the hub's tokens (HF_TOKEN, or anything of that form) blotted out."""
+    known = [re.escape(os.environ[name]) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name)]
+    return re.sub("|".join([*known, r"\bhf_\w{8,}"]), "<token>", text)
+
 def lines_of(pieces: Iterable[str]) -> Iterator[str]:
     """The lines of a text in pieces, without their line ends."""
     rest = ""
@@ -202,7 +211,7 @@ def stream_rows(name: str, text_field: str, explain: Callable[[str], str], *args
             for number, row in enumerate(rows, 1):
                 yield row_document(row, number, text_field, name)
         except (OSError, ValueError, EOFError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-            reason = (str(error).strip().split("\n")[0] or "it has no rows")[:200]
+            reason = hide_secrets((str(error).strip().split("\n")[0] or "it has no rows")[:200])
             raise DataError(explain(reason)) from None
 
 def table_source(path: Path, name: str, text_field: str) -> Source:
@@ -252,6 +261,9 @@ def hub_revision(repo: str) -> str | None:
         return huggingface_hub.HfApi().dataset_info(repo, timeout=10).sha
     except errors.OfflineModeIsEnabled:
         return None
+    except errors.GatedRepoError:
+        raise DataError(f"hub data set {repo!r} is gated: accept its licence on the hub, then put HF_TOKEN=… into the environment or into "
+                        f"a file .env, or give a local copy") from None
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise DataError(f"there is no file, folder or hub data set {repo!r}: check the spelling, or log in if it is private") from None
     except Exception as error:

@@ -11,11 +11,14 @@ import pytest
 import torch
 
 from slm.artifacts import ArtifactError, artifact_id, latest_checkpoint, lineage, save_checkpoint
+from slm.chat_mix import share_counts
 from slm.chats import ChatError, load_chats, load_pairs
 from slm.config import ModelConfig, to_dict
 from slm.dpo import DPOError, diagnose, dpo, dpo_loss, dpo_objective, inspect_pairs
+from slm.grpo import group_advantages, grpo_losses
 from slm.model import TransformerLM
 from slm.optim import TrainConfig
+from slm.preference_variants import ipo_loss, orpo_loss, simpo_loss
 from slm.preferences import (
     PreferenceData,
     PreferenceError,
@@ -512,3 +515,43 @@ def test_a_run_without_numbers_and_sick_pairs_are_named(known, tok):
 def test_settings_out_of_range(bad):
     with pytest.raises(DPOError, match="must lie between"):
         dpo_objective(**bad)
+
+
+# ------------------------------------------------------------------------------------------------- variants, mixtures, GRPO
+def test_variants_are_their_formulas_in_float64():
+    pick = np.random.default_rng(1)
+    logp, reference = (torch.tensor(pick.normal(-30, 8, size=(200, 2))) for _ in range(2))
+    tokens = torch.tensor(pick.integers(1, 40, size=(200, 2)))
+    soft = lambda x: math.log1p(math.exp(-abs(x))) + max(-x, 0.0)  # −ln σ(x)
+    ipo, simpo, orpo = [], [], []
+    for (pc, pr), (rc, rr), (nc, nr) in zip(logp.tolist(), reference.tolist(), tokens.tolist(), strict=True):
+        mc, mr = min(pc / nc, -1e-6), min(pr / nr, -1e-6)
+        odds = lambda m: m - math.log(-math.expm1(m))
+        ipo.append(((pc - rc) / nc - (pr - rr) / nr - 1 / 0.6) ** 2)
+        simpo.append(soft(2.0 * (pc / nc - pr / nr) - 0.5))
+        orpo.append(-pc / nc + 0.2 * soft(odds(mc) - odds(mr)))
+    assert np.allclose(ipo_loss(logp, reference, tokens, 0.3).numpy(), ipo, rtol=1e-10)
+    assert np.allclose(simpo_loss(logp, tokens, 2.0, 0.5).numpy(), simpo, rtol=1e-10)
+    assert np.allclose(orpo_loss(logp, tokens, 0.2).numpy(), orpo, rtol=1e-8, atol=1e-8)
+
+
+def test_grpo_loss_is_its_formula_in_float64():
+    pick = np.random.default_rng(2)
+    logp, old, reference = (torch.tensor(pick.normal(-2, 0.3, size=(6, 9))) for _ in range(3))
+    teach = torch.tensor((np.arange(9) < pick.integers(1, 10, size=(6, 1))).astype(float))
+    advantages, wanted = group_advantages(torch.tensor(pick.random((2, 3)))).flatten(), []
+    for n in range(6):
+        gains = []
+        for t in range(int(teach[n].sum())):
+            ratio, a, gap = math.exp(logp[n, t] - old[n, t]), advantages[n].item(), (reference[n, t] - logp[n, t]).item()
+            gains.append(min(ratio * a, min(max(ratio, 0.8), 1.2) * a) - 0.1 * (math.exp(gap) - 1 - gap))
+        wanted.append(-sum(gains) / len(gains))
+    assert np.allclose(grpo_losses(logp, old, reference, advantages, teach, 0.2, 0.1).numpy(), wanted, rtol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_shares_are_exact(seed):
+    pick = np.random.default_rng(seed)
+    shares, n = pick.random(pick.integers(1, 8)).tolist(), int(pick.integers(0, 500))
+    counts = share_counts(shares, n)
+    assert sum(counts) == n and all(abs(count - n * share / sum(shares)) < 1 for count, share in zip(counts, shares, strict=True))

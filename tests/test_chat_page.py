@@ -1,0 +1,284 @@
+"""The chat page in a real browser: send, stream, stop, retry, edit, alternatives at a token, history after a reload, narrow screens.
+
+Chromium is driven through its debugging pipe (two file descriptors, JSON messages that end with a zero byte), so no driver and no library
+is needed. Without a Chromium the tests are skipped. `SLM_SHOTS=folder` keeps the screenshots.
+"""
+from __future__ import annotations
+
+import base64
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
+         "--disable-sync", "--remote-debugging-pipe", "--window-size=1180,820", "--hide-scrollbars"]
+STORY = ("# The Red Kite\n\nOnce upon a time a fox named **Tom** had a *red kite*. One day the wind took it.\n\n"
+         "- He looked by the river.\n- He looked on the hill.\n\n> \"There it is!\" said Mia.\n\n"
+         "Tom said `thank you`, and they flew it together until the sun went down.")
+TALKS = [("Tell me a story about a fox who lost a kite.", STORY),
+         ("Who is your best friend?", "My best friend is Mia. She has a blue boat."),
+         ("Who has the kite?", "Tom has the kite, and Mia has the string."), ("Is it red?", "Yes, it is red 🪁 and very fast.")]
+
+
+class Browser:
+    """A Chromium with one page. `run` evaluates JavaScript in it and waits for promises."""
+
+    def __init__(self, folder: Path):
+        down, self.into = os.pipe()
+        self.out, up = os.pipe()
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (down, up)]
+        self.process = subprocess.Popen([CHROMIUM, *FLAGS, f"--user-data-dir={folder}", "about:blank"], pass_fds=(3, 4),
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                        preexec_fn=lambda: [os.dup2(fd, place) for fd, place in zip(high, (3, 4))])
+        for fd in high:
+            os.close(fd)
+        os.close(down), os.close(up)
+        self.number, self.held, self.session, self.said = 0, b"", None, []
+        target = next(t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page")["targetId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.send(f"{domain}.enable")
+
+    def send(self, method: str, **params) -> dict:
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params} | ({"sessionId": self.session} if self.session else {})
+        os.write(self.into, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.receive()
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer["error"]
+                return answer["result"]
+            if answer.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.said.append(json.dumps(answer["params"]))
+
+    def receive(self) -> dict:
+        while b"\0" not in self.held:
+            self.held += os.read(self.out, 2**16)
+        one, _, self.held = self.held.partition(b"\0")
+        return json.loads(one)
+
+    def run(self, code: str):
+        found = self.send("Runtime.evaluate", expression=f"(async () => {{ {code} }})()", awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found["exceptionDetails"]
+        return found["result"].get("value")
+
+    def wait(self, condition: str, seconds: float = 20):
+        end = time.monotonic() + seconds
+        while not (value := self.run(f"return !!({condition})")):
+            assert time.monotonic() < end, f"never true: {condition}; page: {self.run('return document.body.innerText')[:500]}; {self.said}"
+            time.sleep(0.03)
+        return value
+
+    def open(self, url: str) -> None:
+        self.send("Page.navigate", url=url)
+        self.wait("document.readyState === 'complete' && !!document.querySelector('#log > *')")
+
+    def key(self, key: str, code: str = "", **more) -> None:
+        virtual = {"Enter": 13, "Escape": 27, "ArrowRight": 39, "ArrowLeft": 37, "ArrowUp": 38}.get(key, 0)
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown", "keyUp"):
+            self.send("Input.dispatchKeyEvent", type=kind, key=key, code=code or key, windowsVirtualKeyCode=virtual, **more,
+                      **(text if kind == "keyDown" else {}))
+
+    def type(self, text: str) -> None:
+        self.run("document.getElementById('words').focus()")
+        self.send("Input.insertText", text=text)
+
+    def mouse(self, x: float, y: float, press: bool = False) -> None:
+        self.send("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+        for kind in ("mousePressed", "mouseReleased") if press else ():
+            self.send("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+    def at(self, selector: str, n: int = 0) -> tuple[float, float]:
+        return tuple(self.run(f"const r = document.querySelectorAll({json.dumps(selector)})[{n}].getClientRects()[0];"
+                              "return [r.x + r.width / 2, r.y + r.height / 2]"))
+
+    def click(self, selector: str, n: int = 0) -> None:
+        self.mouse(*self.at(selector, n), press=True)
+
+    def shot(self, name: str) -> bytes:
+        data = base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])
+        if folder := os.environ.get("SLM_SHOTS"):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            Path(folder, f"{name}.png").write_bytes(data)
+        return data
+
+    def close(self) -> None:
+        os.close(self.into)
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        os.close(self.out)
+
+
+def parrot():
+    """A model that has learned a few talks by heart, in some seconds."""
+    from slm.config import ModelConfig, seed_everything
+    from slm.model import TransformerLM
+    from slm.sample import LM
+    from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer, render_chat
+
+    seed_everything(0)
+    tok = BPETokenizer.train([" ".join(map(" ".join, TALKS)) * 3], vocab_size=400, special_tokens=SPECIAL_TOKENS, strict=False)
+    model = TransformerLM(ModelConfig(vocab_size=tok.vocab_size, context_length=256, n_layer=2, n_head=2, d_model=96))
+    rows = [render_chat(tok, [{"role": "user", "content": q}, {"role": "assistant", "content": a}]) for q, a in TALKS]
+    width = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in rows])
+    labels = torch.tensor([[t if m else -100 for t, m in zip(i, mask)] + [-100] * (width - len(i)) for i, mask in rows])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(90):
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    return LM(model.eval(), tok)
+
+
+@pytest.fixture(scope="module")
+def server():
+    from slm.serve import Background
+
+    background = Background(parrot(), "parrot")
+    with background as url:
+        background.url = url
+        yield background
+
+
+@pytest.fixture
+def page(server, tmp_path):
+    browser = Browser(tmp_path)
+    browser.open(server.url)
+    browser.run("localStorage.setItem('slm-settings', JSON.stringify({ temperature: 0.7, seed: '1' }))")
+    browser.open(server.url)
+    yield browser
+    wrong = [line for line in browser.said if "favicon" not in line and "status of 4" not in line]    # 4…: refusals
+    browser.close()
+    assert not wrong, wrong                         # no exception in the script, nothing that the policy had to stop
+
+
+DONE = "!document.getElementById('send').hidden && document.querySelectorAll('.assistant').length"
+LAST = "[...document.querySelectorAll('.assistant .said')].at(-1).innerText"
+
+
+def ask(page, text: str) -> str:
+    page.type(text)
+    page.key("Enter")
+    page.wait("document.querySelector('.user')")
+    page.wait(DONE)
+    return page.run(f"return {LAST}")
+
+
+def test_send_stream_and_reload(page, server):
+    page.shot("light-hello")
+    page.type(TALKS[0][0])
+    page.key("Enter")
+    seen = set()
+    while not page.run(f"return {DONE}"):
+        seen.add(page.run("return document.querySelector('.assistant .said')?.innerText.length ?? 0"))
+    assert len(seen) >= 2, "the answer did not come piece by piece"
+    said = page.run(f"return {LAST}")
+    assert "The Red Kite" in said and "#" not in said and "**" not in said
+    assert page.run("return ['h3', 'strong', 'em', 'li', 'blockquote', 'code'].every(t => document.querySelector('.assistant ' + t))")
+    assert "tokens/s" in page.run("return document.querySelector('.assistant .tools').innerText")
+    assert "of 256 tokens" in page.run("return document.getElementById('room').innerText")
+    page.shot("light-talk")
+    page.run("document.getElementById('new').click()")
+    second = ask(page, TALKS[1][0])
+    page.open(server.url)                             # everything is still there
+    assert page.run("return document.querySelectorAll('.turn').length") == 2 and page.run(f"return {LAST}") == second
+    assert page.run("return document.querySelectorAll('#chats .open').length") == 2
+    page.click("#chats .open", 1)
+    assert page.run(f"return {LAST}") == said
+
+
+def test_alternatives_at_a_token_and_branches(page):
+    said = ask(page, TALKS[2][0])
+    n = page.run("return document.querySelectorAll('.assistant .t').length")
+    assert "".join(page.run("return [...document.querySelectorAll('.assistant .t')].map(t => t.textContent)")) == said and n > 5
+    page.mouse(*page.at(".assistant .t", 2))
+    page.wait("!document.getElementById('card').hidden")
+    card = page.run("return document.getElementById('card').innerText")
+    assert "%" in card and page.run("return document.querySelectorAll('#card button').length") >= 6
+    page.shot("light-card")
+    page.click("#card button", 3)                       # take another token there
+    page.wait("document.querySelector('.assistant .tools').innerText.includes('2 / 2')")
+    assert page.run(f"return {LAST}") != said
+    page.click(".assistant .tools button[title='Earlier version']")
+    assert page.run(f"return {LAST}") == said
+    page.run("document.querySelector('.assistant .said').focus()")
+    page.key("ArrowRight"), page.key("ArrowRight")
+    assert page.run("return document.querySelector('.t.at').dataset.i") == "1"
+    assert not page.run("return document.getElementById('card').hidden")
+    page.key("Escape")
+    assert page.run("return document.getElementById('card').hidden")
+    page.click("#tint")
+    page.shot("light-tint")
+    assert page.run("return document.body.classList.contains('tint')")
+
+
+def test_stop_retry_edit_and_errors(page, server):
+    said = ask(page, TALKS[0][0])
+    page.click(".assistant .tools button[title='Try again']")
+    page.key("Escape")                                  # stop at once
+    page.wait(DONE)
+    tools = page.run("return document.querySelector('.assistant .tools').innerText")
+    assert "2 / 2" in tools or page.run(f"return {LAST}") == said
+    end = time.monotonic() + 5
+    while server.service.scheduler.running and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not server.service.scheduler.running         # stopping freed the slot
+    page.mouse(*page.at(".user .said"))
+    page.run("document.querySelector('.user .tools button[title^=Edit]').click()")
+    page.run("const f = document.querySelector('.turn textarea'); f.value = " + json.dumps(TALKS[1][0]))
+    page.run("document.querySelector('.turn .main').click()")
+    page.wait("document.querySelectorAll('.assistant').length === 1 && !document.getElementById('send').hidden")
+    assert TALKS[1][0] in page.run("return document.querySelector('.user .said').innerText")
+    page.run("document.getElementById('new').click()")
+    page.type("word " * 400)
+    page.key("Enter")
+    page.wait("document.querySelector('.fault')")
+    assert "tokens" in page.run("return document.querySelector('.fault').innerText")
+    page.shot("light-fault")
+
+
+def test_dark_narrow_settings_and_deletion(page):
+    page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+    ask(page, TALKS[0][0])
+    page.shot("dark-talk")
+    page.click("#gear")
+    page.wait("document.getElementById('settings').open")
+    page.shot("dark-settings")
+    page.key("Escape")
+    page.send("Emulation.setDeviceMetricsOverride", width=380, height=760, deviceScaleFactor=1, mobile=True)
+    page.run("await new Promise(done => setTimeout(done, 300))")
+    assert page.run("return document.documentElement.scrollWidth") <= 380          # nothing sticks out
+    page.shot("dark-narrow")
+    page.run("document.getElementById('menu').click(); await new Promise(done => setTimeout(done, 300))")
+    page.shot("dark-drawer")
+    page.run("window.confirm = () => true; document.querySelector('#chats .small').click()")
+    page.wait("document.getElementById('hello')")
+    page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
+    page.shot("light-narrow-hello")
+    ask(page, TALKS[3][0])
+    assert "🪁" in page.run(f"return {LAST}")
+    page.shot("light-narrow")
+
+
+def test_what_a_user_writes_never_becomes_html(page):
+    evil = "<img src=x onerror=document.title='owned'> <script>document.title='owned'</script>"
+    ask(page, evil)
+    assert page.run("return document.title") != "owned"
+    assert page.run("return document.querySelectorAll('#log img, #log script').length") == 0
+    assert page.run("return document.querySelector('.user .said').textContent") == evil
+    page.run("const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)")
+    assert page.run("return window.ran") is None                              # the policy stops even a script that got in
+    page.said.clear()
