@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['save_tokenizer', 'tokenizer_train', 'tokenizer_encode', 'tokenizer_show', 'tokenizer_compare', 'tokenizer_bench',
-           'pack_corpus', 'data_prepare', 'data_check', 'split_settings', 'training_config', 'announce', 'held_out',
-           'start_pretraining', 'sft_command', 'dpo_command', 'quantize_command', 'export_command', 'import_command',
-           'plan_lines', 'plan_command']
+           'split_settings', 'training_config', 'announce', 'held_out', 'start_pretraining', 'sft_command',
+           'dpo_command', 'quantize_command', 'export_command', 'import_command', 'plan_lines', 'plan_command']
 
 # %% ../nbs/98b_make.ipynb #f4b9f0e8
 import sys
 from pathlib import Path
 from typing import Iterable, Optional
 
-from .shell import Word, app, artifact_folder, choose_checkpoint, command, data_app, describe, read_text, tokenizer_app, write
+from .shell import Word, app, artifact_folder, choose_checkpoint, command, describe, read_text, tokenizer_app, write
 
 # %% ../nbs/98b_make.ipynb #d702ecc4
 def save_tokenizer(tok: object, folder: Path, parents: dict[str, str] | None = None) -> Path:
@@ -104,57 +103,6 @@ def tokenizer_bench(file: Optional[Path] = None, *, vocab_size: list[int] = (), 
         print(encoder_table(bench_encoder(text, (list(vocab_size) or [4096])[0], megabytes, min(1, megabytes), repeats)))
         return
     print(bench_table(bench_tokenizers(text, vocab_size or [4096], megabytes, repeats, pattern)))
-
-# %% ../nbs/98b_make.ipynb #60293fb4
-def pack_corpus(folder: Path, tokenizer: Path | None, vocab_size: int) -> dict:
-    """Tokenise `folder`/corpus into `folder`/pack, with a given tokenizer or a new one; return the pack's metadata."""
-    from slm.artifacts import artifact_id
-    from slm.data import read_corpus, write_pack
-    from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer, load_tokenizer
-    if tokenizer is None:
-        texts = (doc["text"] for doc in read_corpus(folder / "corpus", "train"))
-        tok = BPETokenizer.train(texts, vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS)
-    else:
-        tok = load_tokenizer(tokenizer)
-    save_tokenizer(tok, folder / "tokenizer", {"corpus": artifact_id(folder / "corpus")})
-    return write_pack(folder / "corpus", tok, folder / "pack")
-
-# %% ../nbs/98b_make.ipynb #d591d29d
-@command(data_app, "prepare", megabytes=Word("Text to read at most, in MB. Default: all (storyworld has no end).", "m", low=0.001),
-         max_docs=Word("Documents to read at most. Default: all.", low=1),
-         tokenizer=Word("Tokenizer to use. Default: train one on this text."),
-         val_fraction=Word("Share of documents to hold out, chosen by content hash.", low=0, high=0.5))
-def data_prepare(source: str, *, out: Path = Path("data/prepared"), tokenizer: Optional[Path] = None, vocab_size: int = 2048,
-                 megabytes: Optional[float] = None, max_docs: Optional[int] = None, val_fraction: float = 0.02, seed: int = 0) -> None:
-    """Read and clean text, hold some out, write tokens for training.
-
-    \b
-    slm data prepare book.txt --out data/book
-    slm data prepare storyworld --megabytes 5 --out data/stories
-    """
-    from slm.data import open_source, write_corpus
-    limits = {"max_bytes": megabytes and int(megabytes * 1e6), "max_docs": max_docs}
-    stats = write_corpus(open_source(source, seed=seed), out / "corpus", val_fraction=val_fraction, **limits)
-    write(f"{out / 'corpus'}  ·  {describe(stats)}\n")
-    write(f"{out / 'pack'}  ·  {describe(pack_corpus(out, tokenizer, vocab_size))}\n")
-
-# %% ../nbs/98b_make.ipynb #6732867a
-@command(data_app, "check", folder=Word("A folder that slm wrote: prepared data, a tokenizer, a checkpoint, a whole run."))
-def data_check(folder: Path) -> None:
-    """Read every byte of what slm wrote and compare it with its hash.
-
-    \b
-    slm data check data/book
-    """
-    from slm.artifacts import verify
-    from slm.config import SLMError
-    found = sorted(file.parent for file in folder.glob("**/manifest.json"))
-    if not found:
-        raise SLMError(f"{folder} holds nothing that slm wrote (no manifest.json): give a folder made by slm data prepare or slm run")
-    for path in found:
-        manifest = verify(path)
-        size = sum(entry["size"] for entry in manifest["files"].values())
-        write(f"ok  {path}  ·  {manifest['kind']}, {len(manifest['files'])} files, {size:,} bytes\n")
 
 # %% ../nbs/98b_make.ipynb #96cc246a
 def split_settings(settings: Iterable[str]) -> dict[str, list[str]]:
