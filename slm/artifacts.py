@@ -11,6 +11,7 @@ __all__ = ['check_parent', 'folders_below', 'nearby', 'node_of', 'lineage', 'tre
 import os, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Iterable
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -133,12 +134,13 @@ def discard(folder: Path) -> bool:
         print(f"could not delete {folder.name}: {error.strerror}")
         return False
 
-def rotate(run_dir: str | Path, newest: int, keep: int) -> list[int]:
-    """Delete the predecessors of checkpoint `newest`, verified first, until `keep` (at least 1) remain; return the steps deleted."""
+def rotate(run_dir: str | Path, newest: int, keep: int, also: Iterable[int] = ()) -> list[int]:
+    """Delete the predecessors of checkpoint `newest`, verified first, until `keep` (at least 1) remain, and the steps `also`;
+    return the steps deleted."""
     verify(dict(step_folders(run_dir))[newest])
     older = [(step, folder) for step, folder in step_folders(run_dir) if step < newest]
     surplus = max(0, len(older) + 1 - max(1, keep))
-    return [step for step, folder in older[:surplus] if discard(folder)]
+    return [step for step, folder in older[:surplus] if step not in also and discard(folder)]
 
 # %% ../nbs/04_artifacts.ipynb #635d1fe1
 def check_room(path: Path, groups: list[dict[str, torch.Tensor]]) -> None:
@@ -147,8 +149,9 @@ def check_room(path: Path, groups: list[dict[str, torch.Tensor]]) -> None:
     require_space(path, need + (1 << 20), f"the checkpoint {path.name}")
 
 def save_checkpoint(run_dir: str | Path, step: int, model_tensors: dict[str, torch.Tensor], optimizer_tensors: dict[str, torch.Tensor],
-                    state: dict, parents: dict[str, str] | None = None, files: dict[str, str | Path] | None = None, keep: int = 2) -> Path:
-    """Write `run_dir/step-00000100/`, name it in `run_dir/latest`, then delete older ones beyond `keep`. `files` are copied in
+                    state: dict, parents: dict[str, str] | None = None, files: dict[str, str | Path] | None = None, keep: int = 2,
+                    also: Iterable[int] = ()) -> Path:
+    """Write `run_dir/step-00000100/`, name it in `run_dir/latest`, then delete older ones beyond `keep` and `also`. `files` are copied in
     under the given names. Raises ArtifactError; whatever was there before is then untouched."""
     path = Path(run_dir) / f"step-{step:08d}"
     check_room(path, [model_tensors, optimizer_tensors])
@@ -161,7 +164,7 @@ def save_checkpoint(run_dir: str | Path, step: int, model_tensors: dict[str, tor
             shutil.copyfile(source, folder / name)
     with atomic_file(Path(run_dir) / "latest") as file:
         file.write(path.name + "\n")
-    rotate(run_dir, step, keep)
+    rotate(run_dir, step, keep, also)
     return path
 
 # %% ../nbs/04_artifacts.ipynb #83552967

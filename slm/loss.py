@@ -28,11 +28,13 @@ def cross_entropy(
     labels: Tensor,  # (…) int64; `ignore_index` where there is nothing to learn
     ignore_index: int = -100,
     reduction: str = "mean",  # "mean" over the targets, or "sum"
+    z_loss: float = 0.0,  # weight of (ln Z)²
 ) -> Tensor:
     "−ln softmax(logits)[label] in nats, summed or averaged over the positions that have a target (0 when none has)."
     has_target = labels != ignore_index
     z, y = logits[has_target].float(), labels[has_target]
-    total = (logsumexp(z) - z.gather(-1, y[:, None]).squeeze(-1)).sum()
+    log_z = logsumexp(z)
+    total = (log_z - z.gather(-1, y[:, None]).squeeze(-1) + z_loss * log_z**2).sum()
     return total if reduction == "sum" else total / max(1, len(y))
 
 # %% ../nbs/50_loss.ipynb #88b6e47d
@@ -43,7 +45,7 @@ def nats_to_bits_per_byte(total_nats: float, n_bytes: int) -> float:
     return total_nats / math.log(2) / n_bytes
 
 # %% ../nbs/50_loss.ipynb #a747fb09
-def _rows(h: Tensor, weight: Tensor, y: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+def _rows(h: Tensor, weight: Tensor, y: Tensor, softcap: float | None, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
     "Losses (N,) in nats of one chunk of rows, and their gradient (N, V) with respect to the products h Wᵀ."
     z = (h @ weight.T).float()
     squash = torch.tanh(z / softcap) if softcap else None
@@ -51,33 +53,36 @@ def _rows(h: Tensor, weight: Tensor, y: Tensor, softcap: float | None) -> tuple[
     top, score = z.amax(-1, keepdim=True), z.gather(-1, y[:, None])
     p = z.sub_(top).exp_()
     total = p.sum(-1, keepdim=True)
-    grad = p.div_(total)
+    grad, log_z = p.div_(total), top + total.log()
+    losses = (log_z - score).squeeze(-1)
+    if z_loss:
+        losses, grad = losses + z_loss * log_z.squeeze(-1) ** 2, grad.mul_(1 + 2 * z_loss * log_z)
     grad[torch.arange(len(y), device=y.device), y] -= 1
-    return (top + total.log() - score).squeeze(-1), grad.mul_(1 - squash**2) if softcap else grad
+    return losses, grad.mul_(1 - squash**2) if softcap else grad
 
 # %% ../nbs/50_loss.ipynb #b50a4c66
 class _LinearCrossEntropy(torch.autograd.Function):
     "Loss and both gradients in one sweep over row chunks; the backward pass only scales what the forward pass kept."
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk, softcap, dtype):
+    def forward(ctx, hidden, weight, labels, chunk, softcap, z_loss, dtype):
         h, w = hidden.to(dtype), weight.to(dtype)
         total = torch.zeros((), device=h.device)
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(h), chunk):
             part = slice(start, start + chunk)
-            losses, grad = _rows(h[part], w, labels[part], softcap)
+            losses, grad = _rows(h[part], w, labels[part], softcap, z_loss)
             total += losses.sum()
             grad = grad.to(dtype)
             d_hidden[part] = grad @ w
             d_weight += grad.T @ h[part]
-        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx, upstream):
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * upstream, d_weight * upstream, None, None, None, None
+        return d_hidden * upstream, d_weight * upstream, None, None, None, None, None
 
 # %% ../nbs/50_loss.ipynb #acaf9e5d
 @torch.no_grad()
@@ -95,13 +100,14 @@ def linear_cross_entropy(
     chunk: int = 512,  # rows whose logits exist at the same time
     ignore_index: int = -100,
     softcap: float | None = None,  # the model's logit_softcap
+    z_loss: float = 0.0,  # weight of (ln Z)², in training only
 ) -> Tensor:
     "Summed cross-entropy of `hidden @ weight.T` in nats, equal to `cross_entropy(..., reduction='sum')`, never holding all logits."
     has_target = labels != ignore_index
     h, y = hidden[has_target], labels[has_target]
     if not torch.is_grad_enabled():
         return linear_nll(h, weight, y, chunk, softcap).sum()
-    return _LinearCrossEntropy.apply(h, weight, y, chunk, softcap, compute_dtype(hidden))
+    return _LinearCrossEntropy.apply(h, weight, y, chunk, softcap, z_loss, compute_dtype(hidden))
 
 # %% ../nbs/50_loss.ipynb #0a111b28
 def windows(ids: list[int], length: int) -> list[tuple[list[int], list[int]]]:

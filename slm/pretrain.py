@@ -5,163 +5,114 @@
 # %% ../nbs/53_pretrain.ipynb #b918f361
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .artifacts import ArtifactError, Checkpoint, latest_checkpoint, load_checkpoint, require_space, run_lock, save_checkpoint
-from .config import run_identity, save_yaml, seed_everything, to_dict
+import slm.runs
+from .artifacts import Checkpoint, latest_checkpoint, load_checkpoint, run_lock
+from .guards import culprit, data_index, is_spike, remember
 from .loss import bits_per_byte, document_bits
 from .model import TransformerLM, model_from_state
-from .optim import TrainConfig, build_optimizer, load_optimizer_tensors, lr_factor
-from .steps import LOG, Interrupted, Signals, TrainingError, append_log, check_same_run, data_fingerprint, finite, identity_of
-from .steps import accumulate as accumulate, lm_loss, looking, read_log, rng_state, set_rng_state, training_step, truncate_log
+from .optim import TrainConfig, lr_factor
+from .parallel import World, world_of
+from .runs import COUNTERS, Run, begin, due, resume, save, save_due
+from .sinks import SinkList
+from .steps import (Interrupted, OutOfMemory, Signals, TrainingError, append_log, data_fingerprint, finite, lm_loss, looking, read_lines,
+                       read_log, rng_state, set_rng_state, training_step)
 
 # %% auto #0
-__all__ = ['COUNTERS', 'Run', 'run_state', 'save', 'due', 'save_due', 'resume', 'begin', 'advance', 'look', 'Display', 'summary',
-           'train', 'load_model', 'plot_training']
-
-# %% ../nbs/53_pretrain.ipynb #bdb79503
-@dataclass
-class Run:
-    "One training run: what it is made of, and how far it has come."
-
-    model: nn.Module
-    batch_at: Callable
-    config: TrainConfig
-    run_dir: Path
-    parents: dict
-    files: dict
-    state_extra: dict
-    title: str
-    quiet: bool
-    step: int = 0  # updates made or skipped
-    tokens: int = 0
-    seconds: float = 0.0  # of training steps
-    skipped: int = 0  # steps that moved nothing
-    bad_steps: int = 0  # of these, the last ones in a row
-    resumed_from: int = 0
-    checkpoint: Path | None = None
-    saved_step: int = -1
-
-    def __post_init__(self):
-        self.optimizer = build_optimizer(self.model, self.config)
-        self.identity = identity_of(self.model, self.batch_at, self.config, self.parents)
-        self.saved_at = time.perf_counter()
-
-    def say(self, line: str) -> None:
-        "Print a line, unless the run is quiet."
-        if not self.quiet:
-            tqdm.write(f"{self.title}: {line}", file=sys.stdout)
-
-# %% ../nbs/53_pretrain.ipynb #d636ac06
-COUNTERS = ("step", "tokens", "seconds", "skipped", "bad_steps")
-
-
-def _machine() -> dict:  # what the last bit depends on besides config, model and data
-    return {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
-
-
-def run_state(run: Run) -> dict:
-    "Everything of a checkpoint that is no tensor, as plain data."
-    return {name: getattr(run, name) for name in COUNTERS} | {
-        "tokens_seen": run.tokens, "config": to_dict(run.config), "model_config": to_dict(run.model.config), "parents": run.parents,
-        "title": run.title, "identity": run.identity, "machine": _machine(), "rng": rng_state(), **run.state_extra}
-
-# %% ../nbs/53_pretrain.ipynb #684ae250
-def save(run: Run, final: bool = False) -> None:
-    "Write a checkpoint of this step, unless there is one. Raises ArtifactError only when `final`."
-    if run.saved_step == run.step:
-        return
-    try:
-        run.checkpoint = save_checkpoint(run.run_dir, run.step, run.model.state_dict(), run.optimizer.tensors(), run_state(run),
-                                         parents=run.parents, files=run.files, keep=run.config.keep)
-        run.saved_step = run.step
-    except ArtifactError as error:
-        if final:
-            raise
-        run.say(f"step {run.step} is not saved, training goes on and will try again: {error}")
-    run.saved_at = time.perf_counter()
-
-# %% ../nbs/53_pretrain.ipynb #94d942f8
-def due(run: Run, every: int | None) -> bool:
-    "Whether something done every so many steps (None: at the end) is due at this step."
-    return run.step == run.config.steps or bool(every and run.step % every == 0)
-
-
-def save_due(run: Run) -> bool:
-    "Whether the config asks for a checkpoint now, by steps or by seconds."
-    seconds = run.config.save_seconds
-    return due(run, run.config.save_every) or (seconds is not None and time.perf_counter() - run.saved_at >= seconds)
-
-# %% ../nbs/53_pretrain.ipynb #3064891c
-def resume(run: Run, saved: Checkpoint) -> Run:
-    "Become exactly the run that was saved: weights, optimizer, counters, log, and last of all the random generators."
-    state = saved.state
-    if "identity" not in state:
-        raise TrainingError(f"{saved.path} was not written by a training run: choose another folder")
-    check_same_run(state["identity"], run.identity, run.run_dir)
-    run.model.load_state_dict(saved.model)
-    load_optimizer_tensors(run.optimizer, saved.optimizer)
-    for name in COUNTERS:
-        setattr(run, name, state[name])
-    run.checkpoint, run.saved_step, run.resumed_from = saved.path, run.step, run.step
-    truncate_log(run.run_dir, run.step)
-    if state["machine"] != _machine():
-        run.say("other threads, processor or torch than before: the result will be close, but not the same to the last bit")
-    run.say("finished already" if run.step == run.config.steps else f"goes on after step {run.step} of {run.config.steps}")
-    set_rng_state(state["rng"])
-    return run
-
-# %% ../nbs/53_pretrain.ipynb #e4b99e32
-def begin(run: Run) -> Run:
-    "Take up the newest checkpoint of the folder; if there is none, start a new log. Raises TrainingError when it is another run's."
-    found = latest_checkpoint(run.run_dir)
-    if found is None and any(run.run_dir.glob("step-*")):
-        raise TrainingError(f"{run.run_dir} holds checkpoints, and none of them is intact: move them away to start again")
-    seed_everything(run.config.seed)
-    if found is not None:
-        return resume(run, load_checkpoint(found))
-    n_bytes = sum(t.nbytes for t in (*run.model.state_dict().values(), *run.optimizer.tensors().values()))
-    require_space(run.run_dir, 2 * n_bytes, "two checkpoints of this run")
-    run.run_dir.mkdir(parents=True, exist_ok=True)
-    save_yaml(run.config, run.run_dir / "config.yaml")
-    (run.run_dir / LOG).unlink(missing_ok=True)
-    append_log(run.run_dir, {"title": run.title, **run_identity(run.identity, run.config.seed)})
-    return run
+__all__ = ['MEASURES', 'attempt', 'roll_back', 'refuse_step', 'advance', 'look', 'note_best', 'Display', 'summary', 'train',
+           'load_model', 'plot_training']
 
 # %% ../nbs/53_pretrain.ipynb #bd3c1ada
+def attempt(run: Run, batch: dict[str, Tensor], loss_fn: Callable) -> dict:
+    "One training step; again in micro-batches of half the size while memory does not suffice (and there is one process only)."
+    mine, before = run.world.part(batch), rng_state()
+    doubt = lambda loss: is_spike(run.recent, loss, run.config.spike)
+    while True:
+        config = run.config if run.micro == run.config.micro_batch_size else dataclasses.replace(run.config, micro_batch_size=run.micro)
+        try:
+            return training_step(run.model, run.optimizer, mine, loss_fn, config, run.step, run.world, run.hooks.bend, doubt)
+        except OutOfMemory:
+            rows = min(run.micro or 10**9, len(next(iter(mine.values()))))
+            if rows == 1 or run.world.size > 1:
+                raise
+            run.micro = (rows + 1) // 2
+            run.say(f"{rows} rows at once do not fit into memory: {run.micro} from now on, which gives the same gradient more slowly")
+            set_rng_state(before)
+
+# %% ../nbs/53_pretrain.ipynb #b9546396
+def roll_back(run: Run, index: int) -> None:
+    "Become the last checkpoint again, and leave batch `index` out from now on. Raises TrainingError when there is none."
+    if run.checkpoint is None:
+        raise TrainingError(f"step {run.step} went wrong, and there is no checkpoint to go back to: set save_every")
+    struck = sorted({*run.struck, index})
+    resume(run, load_checkpoint(run.checkpoint))
+    run.struck = struck
+
+# %% ../nbs/53_pretrain.ipynb #d495a807
+def refuse_step(run: Run, record: dict, batch: dict[str, Tensor], loss_fn: Callable, index: int) -> None:
+    "Count a step that moved nothing, say where it went wrong, and do what `on_bad` says. Raises TrainingError to end the run."
+    first, policy = run.step - run.bad_steps + 1, run.config.on_bad
+    config = dataclasses.replace(run.config, micro_batch_size=run.micro)
+    places = run.world.gather(culprit(run.model, run.world.part(batch), loss_fn, config))
+    where = f"batch {index}, {data_fingerprint(batch)[:8]}; {places[0]}; loss {record['loss']:.4g}, learning rate {record['lr']:.2g}"
+    tries = len(run.struck) + 1 if policy == "rollback" else run.bad_steps
+    if policy == "stop" or tries >= run.config.max_bad_steps:
+        append_log(run.run_dir, finite(record))
+        raise TrainingError(f"loss or gradient was not finite, or a spike, in steps {first} to {run.step} ({where}): "
+                            "lower the learning rate, or look at these batches")
+    run.say(f"step {run.step} is {'undone, back to the checkpoint' if policy == 'rollback' else 'skipped'} ({where})")
+    if policy == "rollback":
+        roll_back(run, index)
+
+# %% ../nbs/53_pretrain.ipynb #0d05337b
 def advance(run: Run, loss_fn: Callable) -> dict:
-    "One training step, counted and timed. Raises TrainingError after `max_bad_steps` steps in a row that were not finite."
-    start, batch = time.perf_counter(), run.batch_at(run.step)
-    record = training_step(run.model, run.optimizer, batch, loss_fn, run.config, run.step)
+    "One training step, counted and timed. Raises TrainingError as the config's `on_bad` and `max_bad_steps` say."
+    start, index = time.perf_counter(), data_index(run.step, run.struck)
+    batch = run.batch_at(index)
+    record = attempt(run, batch, loss_fn)
     seconds, tokens = time.perf_counter() - start, batch["ids"].numel() if "ids" in batch else record["targets"]
     run.step, run.tokens, run.seconds = run.step + 1, run.tokens + tokens, run.seconds + seconds
     run.skipped, run.bad_steps = run.skipped + record["skipped"], run.bad_steps + 1 if record["skipped"] else 0
-    if run.bad_steps >= run.config.max_bad_steps:
-        append_log(run.run_dir, finite(record))
-        raise TrainingError(f"loss or gradient was not finite in steps {run.step - run.bad_steps + 1} to {run.step} (learning rate "
-                            f"{record['lr']:.2g}, batch {data_fingerprint(batch)[:8]}): lower the learning rate, or look at these batches")
-    return record | {"tokens": run.tokens, "tokens_per_second": round(tokens / seconds, 1)}
+    if record["skipped"]:
+        refuse_step(run, record, batch, loss_fn, index)
+    elif run.config.spike is not None:
+        run.recent = remember(run.recent, record["loss"])
+    if run.step < record["step"]:
+        return advance(run, loss_fn)                        # it has gone back: the next step is another one
+    return record | run.hooks.numbers() | {"tokens": run.tokens, "tokens_per_second": round(tokens / seconds, 1)}
 
 # %% ../nbs/53_pretrain.ipynb #5d800b1d
 def look(run: Run, record: dict, evaluate: Callable | None, sample: Callable | None) -> dict:
     "The record with what `evaluate(model)` and `sample(model)` say, where they are due."
     if evaluate is not None and due(run, run.config.eval_every):
-        with looking(run.model):
+        with looking(run.model), run.world.opened():
             record |= evaluate(run.model)
     if sample is not None and due(run, run.config.sample_every):
-        with looking(run.model):
+        with looking(run.model), run.world.opened():
             record["sample"] = str(sample(run.model))
-    return finite(record)
+    return note_best(run, finite(record))
+
+# %% ../nbs/53_pretrain.ipynb #243c6108
+MEASURES = ("bits_per_byte", "val_loss", "val_dpo_loss")  # of which the first one that is there is to be small
+
+
+def note_best(run: Run, record: dict) -> dict:
+    "Remember the step of the lowest evaluation so far; returns the record."
+    name = next((m for m in MEASURES if record.get(m) is not None), None)
+    if name and (run.best is None or record[name] < run.best["value"]):
+        run.best = {"step": run.step, "measure": name, "value": record[name]}
+    return record
 
 # %% ../nbs/53_pretrain.ipynb #e85c2b0c
 class Display:
@@ -174,7 +125,7 @@ class Display:
     def show(self, record: dict) -> None:
         "One step is done."
         numbers = {k: f"{v:.3f}" for k, v in record.items() if isinstance(v, float) and k not in ("lr", "grad_norm", "tokens_per_second")}
-        self.bar.update(1)
+        self.bar.update(record["step"] - self.bar.n)
         self.bar.set_postfix(numbers | {"tok/s": f"{record['tokens_per_second']:.0f}"}, refresh=False)
         if not self.live and (record["step"] == 1 or record["step"] % max(1, self.run.config.steps // 10) == 0):
             self.run.say(f"step {record['step']:>5}  " + "  ".join(f"{k} {v}" for k, v in numbers.items()))
@@ -190,7 +141,7 @@ def _leave(run: Run, number: int) -> None:  # after a signal: SIGTERM ends the p
         raise SystemExit(128 + number)
     raise Interrupted(f"{run.title} {sentence}")
 
-
+# %% ../nbs/53_pretrain.ipynb #3f245f96
 def summary(run: Run) -> dict:
     "What a run came to: loss (mean over the last tenth of the steps), tokens, seconds, the last evaluation, the checkpoint."
     log = read_log(run.run_dir)
@@ -200,6 +151,27 @@ def summary(run: Run) -> dict:
         "loss": sum(tail) / max(1, len(tail)), "tokens_per_second": run.tokens / max(1e-9, run.seconds), "checkpoint": str(run.checkpoint)}
 
 # %% ../nbs/53_pretrain.ipynb #29b6a30e
+def _only_writer(run_dir: str | Path, world: World) -> contextlib.AbstractContextManager:
+    return run_lock(run_dir) if world.rank == 0 else contextlib.nullcontext()
+
+# %% ../nbs/53_pretrain.ipynb #583d9b44
+@contextlib.contextmanager
+def _audience(run: Run) -> Iterator[Callable[[dict], None]]:  # whoever wants to know of a record: screen, log, sinks
+    names, lines, display = run.config.sinks if run.world.rank == 0 else (), read_lines(run.run_dir), Display(run)
+    sinks = SinkList(names, run.run_dir, lines[0] if lines else {}, run.step, run.say)
+
+    def show(record: dict) -> None:
+        display.show(record)
+        if run.world.rank == 0 and any(due(run, every) for every in (run.config.log_every, run.config.eval_every, run.config.sample_every)):
+            append_log(run.run_dir, record)
+            sinks.write(record)
+    try:
+        yield show
+    finally:
+        for part in (display.bar, sinks, run.hooks):
+            part.close()
+
+# %% ../nbs/53_pretrain.ipynb #59f0b097
 def train(
     model: nn.Module, batch_at: Callable[[int], dict[str, Tensor]], loss_fn: Callable, config: TrainConfig, run_dir: str | Path, *,
     evaluate: Callable[[nn.Module], dict] | None = None, sample: Callable[[nn.Module], str] | None = None,
@@ -213,23 +185,23 @@ def train(
     what this run is made from; `files`: copied into every checkpoint; `state_extra`: added to its state. `on_step(step)` is called
     after each step, logged and saved. Raises TrainingError (another run's folder, losses that are not finite), ArtifactError (disk,
     lock), Interrupted after Ctrl-C; ends the process with exit code 143 after SIGTERM."""
-    run = Run(model, batch_at, config, Path(run_dir), dict(parents or {}), dict(files or {}), dict(state_extra or {}), title, quiet)
-    with run_lock(run_dir), Signals() as signals:
-        display = Display(begin(run))
-        model.train()
-        while run.step < config.steps and not signals.caught:
-            record = look(run, advance(run, loss_fn), evaluate, sample)
-            display.show(record)
-            if any(due(run, every) for every in (config.log_every, config.eval_every, config.sample_every)):
-                append_log(run.run_dir, record)
-            if save_due(run):
-                save(run)
-            if on_step is not None:
-                on_step(run.step)
-        save(run, final=True)
-        display.bar.close()
-        model.eval()
-    return _leave(run, signals.caught) if run.step < config.steps else summary(run)
+    world, stop = world_of(config.parallel), 0
+    with _only_writer(run_dir, world), Signals() as signals:
+        run = begin(Run(model, batch_at, config, Path(run_dir), dict(parents or {}), dict(files or {}), dict(state_extra or {}), title,
+                        quiet, loss_fn, world))
+        with _audience(run) as show:
+            model.train()
+            while run.step < config.steps and not stop:
+                record = look(run, advance(run, run.loss_fn), evaluate, sample)
+                show(record)
+                if save_due(run):
+                    save(run)
+                if on_step is not None:
+                    on_step(run.step)
+                stop = world.agree(signals.caught or 0)[0]
+            save(run, final=True)
+            model.eval()
+    return _leave(run, stop) if run.step < config.steps else summary(run)
 
 # %% ../nbs/53_pretrain.ipynb #cd15dcdf
 def load_model(path: str | Path) -> tuple[TransformerLM, Checkpoint]:

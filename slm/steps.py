@@ -23,22 +23,25 @@ from .artifacts import atomic_file
 from .config import SLMError, pick_precision, to_dict
 from .loss import linear_cross_entropy
 from .optim import OptimizerList, TrainConfig, clip_grad_norm, lr_factor
+from .parallel import World
+from .speed import half_copies
 
 # %% auto #0
-__all__ = ['LOG', 'MAY_CHANGE', 'TrainingError', 'lm_loss', 'autocast', 'device_of', 'micro_batches', 'accumulate',
-           'training_step', 'rng_state', 'set_rng_state', 'looking', 'Interrupted', 'Signals', 'append_log',
-           'read_lines', 'read_log', 'truncate_log', 'finite', 'data_fingerprint', 'identity_of', 'check_same_run']
+__all__ = ['LOG', 'MAY_CHANGE', 'DEFAULTS', 'TrainingError', 'lm_loss', 'autocast', 'device_of', 'micro_batches', 'accumulate',
+           'OutOfMemory', 'is_out_of_memory', 'training_step', 'rng_state', 'set_rng_state', 'looking', 'Interrupted',
+           'Signals', 'append_log', 'read_lines', 'read_log', 'truncate_log', 'finite', 'data_fingerprint',
+           'identity_of', 'check_same_run']
 
 # %% ../nbs/52_steps.ipynb #36d3c52d
 class TrainingError(SLMError):
     "Training cannot go on: the sentence says where, why, and what to do."
 
 
-def lm_loss(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, int, dict[str, float]]:
+def lm_loss(model: nn.Module, batch: dict[str, Tensor], z_loss: float = 0.0) -> tuple[Tensor, int, dict[str, float]]:
     "Next-token loss in nats summed over the targets, their number, and (with experts) the balancing loss that it includes as a metric."
     inside = {"doc_ids": batch["doc_ids"]} if "doc_ids" in batch else {}
     hidden = model.hidden(batch["ids"], **inside)
-    loss = linear_cross_entropy(hidden, model.head_weight, batch["labels"], softcap=model.config.logit_softcap)
+    loss = linear_cross_entropy(hidden, model.head_weight, batch["labels"], softcap=model.config.logit_softcap, z_loss=z_loss)
     count, balance = int((batch["labels"] != -100).sum()), model.auxiliary_loss()      # None unless experts are in training
     return (loss, count, {}) if balance is None else (loss + count * balance, count, {"balance": count * balance.item()})
 
@@ -60,32 +63,55 @@ def micro_batches(batch: dict[str, Tensor], size: int | None) -> Iterator[dict[s
         yield {name: t[start:start + (size or rows)] for name, t in batch.items()}
 
 # %% ../nbs/52_steps.ipynb #ec0ce8ad
-def accumulate(model: nn.Module, batch: dict[str, Tensor], loss_fn: Callable, config: TrainConfig) -> dict[str, float]:
+def accumulate(
+    model: nn.Module, batch: dict[str, Tensor], loss_fn: Callable, config: TrainConfig, world: World | None = None
+) -> dict[str, float]:
     "Leave the gradient of the batch's mean loss in `.grad`, part by part; return the means of loss and metrics, and the number of targets."
-    device, sums, targets = device_of(model), {"loss": 0.0}, 0
-    for part in micro_batches(batch, config.micro_batch_size):
-        with autocast(config, device):
-            loss, count, metrics = loss_fn(model, {name: t.to(device) for name, t in part.items()})
-        loss.backward()
+    device, world, sums, targets = device_of(model), world or World(), {"loss": 0.0}, 0
+    parts = list(micro_batches(batch, config.micro_batch_size))
+    for i, part in enumerate(parts):
+        with half_copies(model, config.bf16_copies and world.size == 1), world.syncing(i == len(parts) - 1):
+            with autocast(config, device):
+                loss, count, metrics = loss_fn(model, {name: t.to(device) for name, t in part.items()})
+            loss.backward()
         targets += int(count)
         for name, value in {"loss": loss.detach(), **metrics}.items():
             sums[name] = sums.get(name, 0.0) + float(value)
+    sums, targets = world.total(sums, targets)
     for p in model.parameters():
         if p.grad is not None:
-            p.grad.div_(max(1, targets))
+            p.grad.div_(max(1, targets) / world.size)
     return {name: value / max(1, targets) for name, value in sums.items()} | {"targets": targets}
 
 # %% ../nbs/52_steps.ipynb #84de854e
+class OutOfMemory(TrainingError):
+    "A micro-batch did not fit; nothing has moved."
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    "Whether an error means that memory did not suffice, on any device."
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+
+# %% ../nbs/52_steps.ipynb #2cf29680
 def training_step(
-    model: nn.Module, optimizer: OptimizerList, batch: dict[str, Tensor], loss_fn: Callable, config: TrainConfig, step: int
+    model: nn.Module, optimizer: OptimizerList, batch: dict[str, Tensor], loss_fn: Callable, config: TrainConfig, step: int,
+    world: World | None = None, bend: Callable[[int], None] | None = None, doubt: Callable[[float], bool] | None = None,
 ) -> dict:
     "One update and its record. A loss or gradient that is not finite moves nothing. Raises TrainingError for a batch without targets."
     optimizer.zero_grad()
-    record = accumulate(model, batch, loss_fn, config)
+    try:
+        record = accumulate(model, batch, loss_fn, config, world)
+    except (RuntimeError, MemoryError) as error:
+        optimizer.zero_grad()
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"step {step + 1} does not fit into memory: set a smaller micro_batch_size, or checkpointing=true") from None
     if not record["targets"]:
         raise TrainingError(f"the batch of step {step + 1} has no target (every label is -100): leave such rows out of the data")
+    if bend is not None:
+        bend(step)
     norm, factor = clip_grad_norm(list(model.parameters()), config.grad_clip).item(), lr_factor(step, config)
-    healthy = math.isfinite(record["loss"]) and math.isfinite(norm)
+    healthy = math.isfinite(record["loss"]) and math.isfinite(norm) and not (doubt is not None and doubt(record["loss"]))
     if healthy:
         optimizer.step(factor)
     optimizer.zero_grad()
@@ -189,7 +215,8 @@ def finite(record: dict) -> dict:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
 
 # %% ../nbs/52_steps.ipynb #70725d2e
-MAY_CHANGE = ("log_every", "eval_every", "sample_every", "save_every", "save_seconds", "keep")  # they watch a run and do not alter it
+MAY_CHANGE = ("log_every", "eval_every", "sample_every", "save_every", "save_seconds", "keep", "keep_best", "sinks",  # they only watch
+              "device", "compile", "checkpointing", "parallel")  # where it is computed: the same, or nearly, and the run says so
 
 
 def data_fingerprint(batch: dict[str, Tensor]) -> str:
@@ -209,11 +236,14 @@ def identity_of(model: nn.Module, batch_at: Callable, config: TrainConfig, paren
     return {"config": settings, "model_config": to_dict(model.config), "parents": dict(parents or {}), "data": data}
 
 # %% ../nbs/52_steps.ipynb #7350f43b
+DEFAULTS = to_dict(TrainConfig())  # what a checkpoint means that is older than a setting
+
+
 def check_same_run(saved: dict, now: dict, run_dir: str | Path) -> None:
     "Raise TrainingError with the first difference between the identity of a saved run and of the one that is about to go on."
     for part in ("model_config", "config", "parents"):
         for name in sorted(saved[part].keys() | now[part].keys()):
-            old, new = saved[part].get(name), now[part].get(name)
+            old, new = (side[part].get(name, DEFAULTS.get(name) if part == "config" else None) for side in (saved, now))
             if old != new:
                 raise TrainingError(f"{run_dir} holds a run with {part}.{name} = {old!r}, and now it is {new!r}: "
                                     "choose another folder, or the same settings")

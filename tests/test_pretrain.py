@@ -177,7 +177,7 @@ def forget_step(run, saved, real=resume):
 def test_negative_control_what_is_not_restored_is_missed(tmp_path, reference, monkeypatch, name, broken):
     with pytest.raises(RuntimeError, match="boom"):
         go(tmp_path / "run", on_step=stop_at(6, boom))
-    monkeypatch.setattr(f"slm.pretrain.{name}", broken)
+    monkeypatch.setattr(f"slm.runs.{name}", broken)
     go(tmp_path / "run")
     weights = everything(tmp_path / "run")[0]
     assert not all(torch.equal(weights[k], reference[0][k]) for k in weights)
@@ -237,13 +237,12 @@ def test_accumulation_with_ragged_labels_gives_the_same_gradient(size):
 
 
 def wrong_from(first, last=10**9):
-    """A loss that is not a number in steps first … last (counted from 1)."""
-    calls = {"step": 0}
+    """A loss that is not a number on the batches of steps first … last (counted from 1)."""
+    poison = [batch_at(step - 1)["ids"] for step in range(first, min(last, CONFIG.steps) + 1)]
 
     def loss_fn(model, batch):
         loss, count, metrics = lm_loss(model, batch)
-        calls["step"] += 1
-        return (loss * float("nan") if first <= calls["step"] <= last else loss), count, metrics
+        return (loss * float("nan") if any(torch.equal(batch["ids"], ids) for ids in poison) else loss), count, metrics
     return loss_fn
 
 
@@ -285,7 +284,7 @@ def test_the_count_of_bad_steps_survives_an_interruption(tmp_path):
     with pytest.raises(RuntimeError, match="boom"):
         go(tmp_path / "run", config, loss_fn=wrong_from(6), on_step=stop_at(7, boom))
     with pytest.raises(TrainingError, match="steps 6 to 8"):
-        go(tmp_path / "run", config, loss_fn=wrong_from(0))
+        go(tmp_path / "run", config, loss_fn=wrong_from(6))
 
 
 def test_a_batch_without_targets_is_refused_by_its_step(tmp_path):
@@ -343,14 +342,14 @@ def test_two_writers_the_second_is_refused(tmp_path):
 
 
 def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(tmp_path, reference, monkeypatch, capsys):
-    import slm.pretrain
-    real = slm.pretrain.save_checkpoint
+    import slm.runs
+    real = slm.runs.save_checkpoint
 
     def failing(run_dir, step, *args, **kwargs):
         if step == 8:
             raise ArtifactError("disk full: need 3 MB, have 1 MB")
         return real(run_dir, step, *args, **kwargs)
-    monkeypatch.setattr(slm.pretrain, "save_checkpoint", failing)
+    monkeypatch.setattr(slm.runs, "save_checkpoint", failing)
     go(tmp_path / "run", quiet=False)
     assert "step 8 is not saved" in capsys.readouterr().out and same(everything(tmp_path / "run"), reference)
 
@@ -399,3 +398,127 @@ def test_bits_per_byte_of_an_untrained_model_is_log2_of_the_vocabulary():
     result = bits_per_byte(fresh(), docs, [len(doc) - 1 for doc in docs])
     assert result["low"] < result["bits_per_byte"] < result["high"] and abs(result["bits_per_byte"] - 6) < 0.3
     assert result["bytes"] == sum(len(doc) - 1 for doc in docs) and result["docs"] == 8
+
+
+# ---------------------------------------------------------------------------------------------- policies, memory, best, hooks
+WHOLE = override(CONFIG, ["micro_batch_size=none"])
+
+
+def test_stop_names_step_batch_and_layer(tmp_path):
+    with pytest.raises(TrainingError, match=r"steps 5 to 5 \(batch 4, [0-9a-f]{8}; gradient of .*; loss nan, learning rate .*lower"):
+        go(tmp_path / "run", override(WHOLE, ["on_bad=stop"]), loss_fn=wrong_from(5, 5))
+    assert load_model(tmp_path / "run")[1].state["step"] == 4
+
+
+def test_rollback_strikes_the_batch_off_and_a_resumed_run_does_the_same(tmp_path):
+    config = override(WHOLE, ["on_bad=rollback", "save_every=3"])
+    go(tmp_path / "run", config, loss_fn=wrong_from(8, 8))
+    assert load_model(tmp_path / "run")[1].state["struck"] == [7]
+    log = read_log(tmp_path / "run")
+    assert [r["step"] for r in log] == list(range(1, 15)) and not any(r["skipped"] for r in log)
+    for when in (7, 10):
+        with pytest.raises(RuntimeError, match="boom"):
+            go(tmp_path / "cut", config, loss_fn=wrong_from(8, 8), on_step=stop_at(when, boom))
+    go(tmp_path / "cut", config, loss_fn=wrong_from(8, 8))
+    assert same(everything(tmp_path / "run"), everything(tmp_path / "cut"))
+    with pytest.raises(TrainingError, match="lower the learning rate"):
+        go(tmp_path / "always", config, loss_fn=wrong_from(4))
+
+
+def test_a_spike_is_skipped_and_remembered_across_a_resume(tmp_path):
+    config, spoilt = override(WHOLE, ["spike=4", "steps=30", "save_every=5", "schedule=constant"]), batch_at(24)["ids"]
+
+    def loss_fn(model, batch):
+        loss, count, metrics = lm_loss(model, batch)
+        return loss * (10 if torch.equal(batch["ids"], spoilt) else 1), count, metrics
+    go(tmp_path / "run", config, loss_fn=loss_fn)
+    assert [r["step"] for r in read_log(tmp_path / "run") if r["skipped"]] == [25]
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "cut", config, loss_fn=loss_fn, on_step=stop_at(22, boom))
+    go(tmp_path / "cut", config, loss_fn=loss_fn)
+    assert same(everything(tmp_path / "run"), everything(tmp_path / "cut"))
+
+
+def test_out_of_memory_halves_the_parts_and_a_resumed_run_keeps_them(tmp_path, capsys):
+    def cramped(model, part):
+        if len(part["ids"]) > 2:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return lm_loss(model, part)
+    go(tmp_path / "run", WHOLE, loss_fn=cramped, quiet=False)
+    assert "6 rows at once do not fit into memory: 3 from now on" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "cut", WHOLE, loss_fn=cramped, on_step=stop_at(6, boom))
+    go(tmp_path / "cut", WHOLE, loss_fn=cramped)
+    assert same(everything(tmp_path / "run"), everything(tmp_path / "cut")) and load_model(tmp_path / "cut")[1].state["micro"] == 2
+    go(tmp_path / "two", override(WHOLE, ["micro_batch_size=2"]))
+    assert all(torch.equal(a, b) for a, b in zip(everything(tmp_path / "run")[0].values(), everything(tmp_path / "two")[0].values()))
+
+
+def test_not_even_one_row_fits(tmp_path):
+    def full(model, part):
+        raise MemoryError
+    with pytest.raises(TrainingError, match="step 1 does not fit into memory"):
+        go(tmp_path / "run", WHOLE, loss_fn=full)
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    values = iter([3.0, 1.0, 2.0, 2.5, 2.2, 2.1, 2.3])
+    go(tmp_path / "run", override(CONFIG, ["eval_every=2", "save_every=2", "keep=2", "keep_best=true"]),
+       evaluate=lambda model: {"bits_per_byte": next(values)})
+    assert [int(p.name[5:]) for p in sorted((tmp_path / "run").glob("step-*"))] == [4, 12, 14]
+    assert load_model(tmp_path / "run")[1].state["best"] == {"step": 4, "measure": "bits_per_byte", "value": 1.0}
+
+
+@pytest.mark.parametrize("settings", [["checkpointing=true"], ["sinks=[csv,tensorboard]"], ["hooks=[activations,gradient_norms]"]])
+def test_what_only_watches_or_recomputes_changes_no_bit(tmp_path, reference, settings):
+    go(tmp_path / "run", override(CONFIG, settings))
+    assert all(torch.equal(a, b) for a, b in zip(everything(tmp_path / "run")[0].values(), reference[0].values(), strict=True))
+
+
+def test_hooks_are_part_of_who_a_run_is(tmp_path):
+    config = override(CONFIG, ["hooks=[centralize]"])
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "run", config, on_step=stop_at(6, boom))
+    first = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])
+    assert {"run_id", "git_commit", "config_hash", "seed", "torch", "threads", "parents"} <= first.keys()
+    assert first["hooks"] == ["centralize"]
+    with pytest.raises(TrainingError, match="config.hooks"):
+        go(tmp_path / "run", CONFIG)
+    go(tmp_path / "run", config)
+    go(tmp_path / "whole", config)
+    assert same(everything(tmp_path / "run"), everything(tmp_path / "whole"))
+    with pytest.raises(Exception, match="unknown hook 'centralise'.*did you mean 'centralize'"):
+        go(tmp_path / "typo", override(CONFIG, ["hooks=[centralise]"]))
+
+
+def test_the_table_is_the_log(tmp_path):
+    import csv
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "run", on_step=stop_at(6, boom), evaluate=lambda model: {"val_loss": 1.0})
+    go(tmp_path / "run", evaluate=lambda model: {"val_loss": 1.0})
+    with open(tmp_path / "run" / "log.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["step"]) for r in rows] == list(range(1, 15)) and rows[-1]["val_loss"] == "1.0" and rows[0]["val_loss"] == ""
+    assert [float(r["loss"]) for r in rows] == [r["loss"] for r in read_log(tmp_path / "run")]
+
+
+def test_bf16_copies_resume_exactly_and_learn(tmp_path):
+    config = override(CONFIG, ["bf16_copies=true", "precision=bfloat16"])
+    go(tmp_path / "whole", config)
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "cut", config, on_step=stop_at(6, boom))
+    go(tmp_path / "cut", config)
+    assert same(everything(tmp_path / "whole"), everything(tmp_path / "cut"))
+    assert all(t.dtype == torch.float32 for t in everything(tmp_path / "cut")[0].values())
+
+
+def test_a_checkpoint_older_than_a_setting_goes_on(tmp_path, reference):
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "run", on_step=stop_at(6, boom))
+    found = load_checkpoint(tmp_path / "run" / "step-00000004")
+    for name in ("hooks", "spike", "bf16_copies"):
+        del found.state["identity"]["config"][name]
+    for name in ("micro", "struck", "recent", "best", "ranks"):
+        del found.state[name]
+    run = resume(Run(fresh(), batch_at, CONFIG, tmp_path / "run", {}, {}, {}, "test", True), found)
+    assert run.step == 4 and run.struck == []
