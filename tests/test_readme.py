@@ -48,7 +48,7 @@ def test_the_report_holds_what_was_promised():
 def test_shell_examples_are_real_commands(line):
     from slm.cli import app
     words = line.split()[1:]
-    known = CliRunner().invoke(app, [words[0], "--help"])
+    known = CliRunner().invoke(app, [*words[:2 if words[0] in ("data", "tokenizer", "bench") else 1], "--help"])
     assert known.exit_code == 0
     assert not [flag for flag in re.findall(r"--[a-z-]+", line) if flag not in known.output]
 
