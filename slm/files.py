@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['ArtifactError', 'errno_of', 'human_bytes', 'nearest_folder', 'explain_os_error', 'require_space', 'sha256_text',
-           'sha256_file', 'try_lock', 'run_lock', 'flush_handle', 'flush_file', 'flush_folder', 'temporary_name',
-           'atomic_file', 'write_json', 'read_json']
+           'sha256_file', 'try_lock', 'lock_owner', 'run_lock', 'flush_handle', 'flush_file', 'flush_folder',
+           'temporary_name', 'atomic_file', 'write_json', 'read_json']
 
 # %% ../nbs/02_files.ipynb #30eca5c9
-import errno, hashlib, json, os, re, shutil
+import errno, hashlib, json, os, re, shutil, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Iterator
@@ -101,6 +101,16 @@ def try_lock(handle: int) -> bool:
         return False
 
 # %% ../nbs/02_files.ipynb #ea5b6f76
+def lock_owner(handle: int) -> str:
+    """The process number in an open lock file. Its owner has the lock a moment before it has written that, so an empty file is read again."""
+    for _ in range(50):
+        os.lseek(handle, 0, os.SEEK_SET)
+        owner = os.read(handle, 32).decode(errors="replace").strip()
+        if owner:
+            return owner
+        time.sleep(0.01)
+    return "unknown"
+
 @contextmanager
 def run_lock(run_dir: str | Path) -> Iterator[None]:
     """Be the only writer of a folder. The second one gets an ArtifactError with the first one's process number, at once."""
@@ -112,11 +122,9 @@ def run_lock(run_dir: str | Path) -> Iterator[None]:
         raise explain_os_error(error, path.parent) from None
     try:
         if not try_lock(handle):
-            owner = os.read(handle, 32).decode(errors="replace").strip() or "unknown"
-            raise ArtifactError(f"{run_dir} is in use by process {owner}: wait for it, stop it, or choose another folder")
+            raise ArtifactError(f"{run_dir} is in use by process {lock_owner(handle)}: wait for it, stop it, or choose another folder")
         os.lseek(handle, 0, os.SEEK_SET)
-        os.ftruncate(handle, 0)
-        os.write(handle, f"{os.getpid()}\n".encode())
+        os.write(handle, f"{os.getpid():<31}\n".encode())      # over the last owner's number, never an empty file in between
         yield
     finally:
         os.close(handle)

@@ -8,7 +8,7 @@ __all__ = ['MANIFEST', 'LEFTOVER', 'manifest_id', 'describe_files', 'flush_tree'
            'atomic_dir', 'check_file', 'verify', 'artifact_id']
 
 # %% ../nbs/03_folders.ipynb #7c1a71c6
-import os, re, shutil, time
+import contextlib, os, re, shutil, time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Iterator
@@ -104,7 +104,11 @@ def settle(path: Path) -> bool:
 
 def tidy(parent: str | Path) -> list[str]:
     """Settle the leftovers of dead processes in a folder; return their names. Temporary files must be a minute old."""
-    old = lambda p: p.is_dir() or time.time() - p.stat().st_mtime > 60
+    def old(p: Path) -> bool:
+        try:
+            return p.is_dir() or time.time() - p.stat().st_mtime > 60
+        except OSError:                          # its writer has just finished
+            return False
     found = sorted(p for p in Path(parent).glob(".*") if LEFTOVER.fullmatch(p.name)) if fcntl is not None else []
     return [p.name for p in found if p.exists() and old(p) and settle(p)]
 
@@ -136,7 +140,11 @@ def temporary_folder(path: Path) -> Iterator[Path]:
     while True:
         temporary = temporary_name(path)
         temporary.mkdir()
-        with folder_lock(temporary) as ours:
+        with contextlib.ExitStack() as stack:
+            try:
+                ours = stack.enter_context(folder_lock(temporary))
+            except FileNotFoundError:            # somebody tidied it away before we had the lock
+                continue
             if ours and temporary.exists():
                 try:
                     yield temporary

@@ -322,8 +322,11 @@ def test_r21_a_reader_never_sees_half_a_checkpoint(tmp_path, saves):
     def read():
         while not stop.is_set():
             for last_try in (False, True):                                  # what was the newest may just have been rotated away
+                found = latest_checkpoint(tmp_path)
+                if found is None:                                           # all that were listed have been rotated away: look again
+                    break
                 try:
-                    saved = load_checkpoint(latest_checkpoint(tmp_path))
+                    saved = load_checkpoint(found)
                     seen.append(saved.state["step"])
                     if not (saved.model["w"] == saved.state["step"]).all():
                         failed.append(saved.state["step"])
