@@ -119,7 +119,7 @@ def data_check(folder: Path, *, report: Optional[Path] = None, text_field: str =
     """
     if found := sorted(file.parent for file in folder.glob("**/manifest.json")):
         return check_artifacts(found)
-    from slm.doctor import diagnosis_text, examine, feeds, measured_flop_rate, write_report
+    from slm.data_doctor import diagnosis_text, examine, feeds, measured_flop_rate, write_report
     from slm.tokenizer import load_tokenizer
     seen = examine(folder, text_field, tokenizer and load_tokenizer(tokenizer), similarity)
     feed = feeds(seen.tokens, measured_flop_rate())

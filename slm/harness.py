@@ -102,16 +102,16 @@ def harness_class() -> type:
     return made
 
 # %% ../nbs/94f_harness.ipynb #367d51d4
-def local_dataset(path: str = "", limit: int | None = None, **_: object) -> dict:
+def local_dataset(file: str = "", limit: int | None = None, **_: object) -> dict:
     "The lines of a local benchmark in the form that the harness reads; plain text lines become context and continuation."
     import datasets
     split = lambda line: {"context": line.strip().rpartition(" ")[0], "continuation": line.strip().rpartition(" ")[2]}
-    rows = [split(row) if isinstance(row, str) else row for row in read_rows(path, limit)]
+    rows = [split(row) if isinstance(row, str) else row for row in read_rows(file, limit)]
     return {"test": datasets.Dataset.from_list(rows)}
 
 TASK = """task: {name}
 custom_dataset: !function slm.harness.local_dataset
-dataset_kwargs: {{path: "{path}", limit: {limit}}}
+dataset_kwargs: {{file: "{path}", limit: {limit}}}
 test_split: test
 num_fewshot: 0
 {form}metadata: {{version: 1.0}}

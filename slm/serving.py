@@ -42,8 +42,7 @@ def check_size(n_bytes: int, lm: LM, longest: int) -> None:
 def chat_prompt(lm: LM, ask: Ask) -> list[int]:
     "The ids of a conversation up to where the assistant goes on."
     messages, last = ask.prompts, ask.prompts[-1]
-    if not ask.go_on: return lm.chat_ids(messages)
-    if last["role"] != "assistant": raise ApiError("only a message of the assistant can be continued", 422, "invalid_value", "messages")
+    if not ask.go_on or last["role"] != "assistant": return lm.chat_ids(messages)
     before = messages[:-1] or [{"role": "user", "content": ""}]
     return [*lm.chat_ids(before), *lm.tokenizer.encode(last["content"])]
 
