@@ -19,8 +19,8 @@ from .model import TransformerLM
 from .strategies import Past, SampleError, Sampling, pick_tokens, sample_token, shape_logits
 
 # %% auto #0
-__all__ = ['generate_naive', 'pad_left', 'check_prompts', 'Answers', 'predict', 'uniform_rows', 'seeds_of', 'Decoder', 'Progress',
-           'similar_lengths', 'generate_ids']
+__all__ = ['generate_naive', 'pad_left', 'check_prompts', 'forbid', 'fulfils', 'Answers', 'predict', 'uniform_rows', 'seeds_of',
+           'Decoder', 'Progress', 'similar_lengths', 'generate_ids']
 
 # %% ../nbs/91_decode.ipynb #b9dd0296
 @torch.inference_mode()
@@ -52,7 +52,21 @@ def check_prompts(prompts: list[list[int]], context_length: int) -> None:
         if len(prompt) >= context_length:
             raise SampleError(f"{name} has {len(prompt)} tokens, but prompt and answer together may have {context_length}: shorten it")
 
-# %% ../nbs/91_decode.ipynb #88f32163
+# %% ../nbs/91_decode.ipynb #b4e24a9a
+def forbid(scores: Tensor, states: list[object]) -> Tensor:
+    "Scores (B, V) with −∞ wherever the constraint of a row forbids a token; None and a finished state forbid nothing."
+    if all(state is None for state in states): return scores
+    masks = torch.ones(scores.shape, dtype=torch.bool)
+    for i, state in enumerate(states):
+        if state is not None and not state.finished: masks[i] = state.mask()
+    return scores.masked_fill(~masks, -torch.inf)
+
+def fulfils(state: object, token: int) -> bool:
+    "Lead a constraint, if there is one, past a token; whether nothing can follow."
+    if state is not None: state.advance(token)
+    return state is not None and state.finished
+
+# %% ../nbs/91_decode.ipynb #f3e9ee31
 class Answers:
     "Which of several answers go on, and why the others ended: `stop`, `length` (as long as allowed) or `context` (no room)."
 
@@ -76,12 +90,13 @@ class Answers:
         crowded = len(alive) > 0.75 * len(rows) and self.written < min(self.room[row] for row in rows)
         return None if crowded else alive
 
-    def accept(self, row: int, token: int) -> bool:
+    def accept(self, row: int, token: int, state: object = None) -> bool:
         "Whether this token belongs to the answer; notes where the answer ends."
         if self.reasons[row] is not None or token in self.stop_ids:
             self.reasons[row] = self.reasons[row] or "stop"
             return False
-        if self.written == self.max_new_tokens: self.end(row, "length")
+        if fulfils(state, token): self.end(row)
+        elif self.written == self.max_new_tokens: self.end(row, "length")
         elif self.written == self.room[row]: self.end(row, "context")
         return True
 
@@ -110,14 +125,14 @@ class Decoder:
     "Writes answers to several prompts side by side: each `step` gives every unfinished one its next token."
 
     def __init__(self, model: TransformerLM, prompts: list[list[int]], sampling: Sampling, stop_ids: tuple[int, ...] = (),
-                 seeds: list[int] | None = None, n_vocab: int | None = None):
+                 seeds: list[int] | None = None, n_vocab: int | None = None, constraint: object = None):
         check_prompts(prompts, model.config.context_length)
         self.model, self.sampling, self.n_vocab = model, sampling, n_vocab or model.config.vocab_size
         self.answers = Answers([model.config.context_length - len(p) for p in prompts], sampling.max_new_tokens, stop_ids)
-        self.rows = list(range(len(prompts)))                   # the prompt that each row of the batch serves
         longest = min(sampling.max_new_tokens, max(self.answers.room))
         self.uniforms = uniform_rows(seeds_of(seeds, len(prompts), sampling.seed), longest)
-        self.pasts = [Past(list(p), len(p)) for p in prompts]   # of every prompt, for the strategies that look back
+        self.rows, self.pasts = list(range(len(prompts))), [Past(list(p), len(p)) for p in prompts]  # row → prompt; to look back
+        self.states = [None if constraint is None else constraint.start() for _ in prompts]
         self.ids, start = pad_left(prompts)                     # what the model reads next
         self.cache = model.new_cache(len(prompts), self.ids.shape[1] + longest)
         self.cache.start = None if start is None else start.to(self.cache.keys.device)
@@ -127,13 +142,13 @@ class Decoder:
         "The next token of every answer that goes on, as (prompt number, id)."
         if (keep := self.answers.keep(self.rows)) is not None: self.select(keep)
         if not self.rows: return []
-        scores = predict(self.model, self.ids, self.cache)[:, :self.n_vocab]
+        scores = forbid(predict(self.model, self.ids, self.cache)[:, :self.n_vocab], [self.states[row] for row in self.rows])
         scores = shape_logits(scores, self.sampling, [self.pasts[row] for row in self.rows])
         tokens = pick_tokens(scores, self.uniforms[self.rows, self.answers.written])
-        self.ids = tokens[:, None]
+        self.ids, found = tokens[:, None], list(zip(self.rows, tokens.tolist(), strict=True))
         self.answers.written += 1
-        for row, token in zip(self.rows, tokens.tolist(), strict=True): self.pasts[row].ids.append(token)
-        return [(row, token) for row, token in zip(self.rows, tokens.tolist(), strict=True) if self.answers.accept(row, token)]
+        for row, token in found: self.pasts[row].ids.append(token)
+        return [(row, token) for row, token in found if self.answers.accept(row, token, self.states[row])]
 
     def select(self, keep: list[int]) -> None:
         "Go on with these rows of the batch alone."
@@ -168,13 +183,14 @@ def generate_ids(
     seeds: list[int] | None = None, progress: bool = False, batch_size: int = 64,  # one seed a prompt; None: sampling.seed + number
     n_vocab: int | None = None,                                          # ids from here on are never chosen
     on_token: Callable[[int, int], bool] = lambda prompt, token: False,  # told of every token; True ends that answer
+    constraint: object = None,                                           # holds every answer to a language (chapter 91j)
 ) -> list[list[int]]:
     "The new ids of each prompt, without the stop id that ended them. Raises `SampleError`."
     sampling, answers, bar = sampling or Sampling(), [[] for _ in prompts], Progress(len(prompts), progress)
     seeds = seeds_of(seeds, len(prompts), sampling.seed)
     check_prompts(prompts, model.config.context_length)
     for group in similar_lengths(prompts, batch_size):
-        decoder = Decoder(model, [prompts[i] for i in group], sampling, stop_ids, [seeds[i] for i in group], n_vocab)
+        decoder = Decoder(model, [prompts[i] for i in group], sampling, stop_ids, [seeds[i] for i in group], n_vocab, constraint)
         while going := decoder.answers.active:
             for row, token in decoder.step():
                 answers[group[row]].append(token)

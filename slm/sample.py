@@ -115,23 +115,26 @@ class Writer:
         return (f"LM({count_parameters(c)['total']:,} parameters, {kind}, {size_bytes(self.model) / 1e6:.1f} MB, "
                 f"vocabulary {self.tokenizer.vocab_size}, context {c.context_length})")
 
-    def pieces(self, ids: list[int], sampling: Sampling) -> Iterator[str]:
+    def pieces(self, ids: list[int], sampling: Sampling, constraint: object = None) -> Iterator[str]:
         "The text after ids, piece by piece. A prompt that cannot be continued is refused at once, not at the first piece."
-        decoder = Decoder(self.model, [ids], sampling, self.stop_ids, n_vocab=self.tokenizer.vocab_size)
+        decoder = Decoder(self.model, [ids], sampling, self.stop_ids, n_vocab=self.tokenizer.vocab_size, constraint=constraint)
         return write_out(decoder, TextStream(self.tokenizer, sampling.stop))
 
-    def texts(self, prompts: list[list[int]], sampling: Sampling, progress: bool = False, batch_size: int = 64) -> list[str]:
+    def texts(self, prompts: list[list[int]], sampling: Sampling, progress: bool = False, batch_size: int = 64,
+              constraint: object = None) -> list[str]:
         "The texts after many prompts."
         streams, texts = [TextStream(self.tokenizer, sampling.stop) for _ in prompts], ["" for _ in prompts]
         def on_token(i: int, token: int) -> bool:
             texts[i] += streams[i].push(token)
             return streams[i].filter.stopped
-        generate_ids(self.model, prompts, sampling, self.stop_ids, None, progress, batch_size, self.tokenizer.vocab_size, on_token)
+        generate_ids(self.model, prompts, sampling, self.stop_ids, None, progress, batch_size,
+                     self.tokenizer.vocab_size, on_token, constraint)
         return [text + stream.close() for text, stream in zip(texts, streams, strict=True)]
 
 # %% ../nbs/92_sample.ipynb #7a403397
 class Talker(Writer):
-    "Prompts and conversations in, text out. Every method takes the fields of `Sampling` as keyword arguments."
+    """Prompts and conversations in, text out. Every method takes the fields of `Sampling` as keyword arguments, and a `constraint`
+    made by `compile_constraint` (91j), which holds the text to a pattern, a list of choices, a JSON Schema or a grammar."""
 
     def prompt_ids(self, prompt: str) -> list[int]:
         "End-of-text, which opens a document, then the prompt."
@@ -141,21 +144,21 @@ class Talker(Writer):
         "A conversation up to the place where the assistant answers."
         return render_chat(self.tokenizer, messages, add_generation_prompt=True)[0]
 
-    def stream(self, prompt: str = "", **settings) -> Iterator[str]:
+    def stream(self, prompt: str = "", *, constraint: object = None, **settings) -> Iterator[str]:
         "The continuation of a prompt piece by piece; the generator returns why it ended: stop, length or context."
-        return self.pieces(self.prompt_ids(prompt), sampling_of(settings))
+        return self.pieces(self.prompt_ids(prompt), sampling_of(settings), constraint)
 
-    def generate(self, prompt: str = "", **settings) -> str:
+    def generate(self, prompt: str = "", *, constraint: object = None, **settings) -> str:
         "The continuation of a prompt, without the prompt."
-        return "".join(self.stream(prompt, **settings))
+        return "".join(self.stream(prompt, constraint=constraint, **settings))
 
-    def chat_stream(self, messages: list[dict], **settings) -> Iterator[str]:
+    def chat_stream(self, messages: list[dict], *, constraint: object = None, **settings) -> Iterator[str]:
         "The assistant's answer piece by piece."
-        return self.pieces(self.chat_ids(messages), sampling_of(settings))
+        return self.pieces(self.chat_ids(messages), sampling_of(settings), constraint)
 
-    def chat(self, messages: list[dict], **settings) -> str:
+    def chat(self, messages: list[dict], *, constraint: object = None, **settings) -> str:
         'The assistant\'s answer to messages `[{"role": "user", "content": "…"}, …]`.'
-        return "".join(self.chat_stream(messages, **settings))
+        return "".join(self.chat_stream(messages, constraint=constraint, **settings))
 
 # %% ../nbs/92_sample.ipynb #8a02a225
 class Keeper(Talker):
@@ -179,13 +182,15 @@ class LM(Keeper):
     `temperature=0.8, top_k=None, top_p=None, min_p=None, typical_p=None, repetition_penalty=1.0, presence_penalty=0.0,
     frequency_penalty=0.0, no_repeat_ngram=None, seed=0, max_new_tokens=200, stop=None`."""
 
-    def generate_batch(self, prompts: list[str], progress: bool = False, batch_size: int = 64, **settings) -> list[str]:
+    def generate_batch(self, prompts: list[str], progress: bool = False, batch_size: int = 64, *, constraint: object = None,
+                       **settings) -> list[str]:
         "Continuations of many prompts; the i-th is what `generate` writes with seed + i."
-        return self.texts([self.prompt_ids(p) for p in prompts], sampling_of(settings), progress, batch_size)
+        return self.texts([self.prompt_ids(p) for p in prompts], sampling_of(settings), progress, batch_size, constraint)
 
-    def chat_batch(self, conversations: list[list[dict]], progress: bool = False, batch_size: int = 64, **settings) -> list[str]:
+    def chat_batch(self, conversations: list[list[dict]], progress: bool = False, batch_size: int = 64, *, constraint: object = None,
+                   **settings) -> list[str]:
         "Answers to many conversations; the i-th is what `chat` writes with seed + i."
-        return self.texts([self.chat_ids(m) for m in conversations], sampling_of(settings), progress, batch_size)
+        return self.texts([self.chat_ids(m) for m in conversations], sampling_of(settings), progress, batch_size, constraint)
 
     @torch.inference_mode()
     def logits(self, ids: Tensor | list) -> Tensor:
