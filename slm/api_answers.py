@@ -147,7 +147,7 @@ def operation(path: str, method: str, help: str, body: dict | None, answer: dict
     expected = [400, 401, 403, 404, 503] + [408, 413, 415, 422, 429, 500] * (method == "post")
     responses = {"200": answered(200, answer)} | {str(s): answered(s, ERROR) for s in expected}
     if path == "/health": responses["503"] = answered(503, answer)
-    if body and "stream" in body["properties"]: responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    if body and "stream" in body["properties"]: responses["200"]["content"]["text/event-stream"] = {"schema": thing({"data": NAME})}
     if body: parts["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
     if "{model}" in path: parts["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": NAME}]
     return parts | {"responses": responses} | ({"security": [{"key": []}]} if key and path != "/health" else {})

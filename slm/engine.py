@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .config import SLMError
 from .decode import check_prompts
 from .ground import rng
 from .sample import TextStream, Writer
@@ -18,8 +19,8 @@ from .slots import SlotCache, read_slots
 from .strategies import Past, SampleError, Sampling, pick_tokens, shape_logits
 
 # %% auto #0
-__all__ = ['Request', 'Event', 'shared_length', 'choose_slot', 'portions', 'allowed', 'choose_tokens', 'log_probabilities',
-           'reason_to_end', 'accept', 'Seats', 'Door', 'check_ids', 'Desk', 'Engine']
+__all__ = ['Request', 'Event', 'shared_length', 'choose_slot', 'portions', 'mask_of', 'allowed', 'choose_tokens',
+           'log_probabilities', 'reason_to_end', 'belongs', 'accept', 'Seats', 'Door', 'check_ids', 'Desk', 'Engine']
 
 # %% ../nbs/93a_engine.ipynb #a81128c0
 @dataclass(eq=False)
@@ -36,6 +37,7 @@ class Request:
     finish_reason: str | None = None                # stop, length, context or cancelled
     slot: int | None = None
     reused: int = 0                                 # tokens of the prompt that were in the cache already
+    error: SLMError | None = None                   # what its constraint said when it gave up; the answer stops there
 
     def __post_init__(self):
         self.uniforms = rng("sample", self.seed).random(min(self.sampling.max_new_tokens, self.room))
@@ -77,11 +79,17 @@ def portions(unread: list[int], budget: int) -> list[int]:
     return takes
 
 # %% ../nbs/93a_engine.ipynb #36810c4f
+def mask_of(request: Request) -> Tensor | None:
+    "What its constraint allows next, (V,) bool; None without one. A constraint that gives up stops its own request alone."
+    try: return None if request.state is None else request.state.mask()
+    except SLMError as error: request.error = error
+
+# %% ../nbs/93a_engine.ipynb #c41e74ee
 def allowed(logits: Tensor, requests: list[Request]) -> Tensor:
     "Logits (B, V) with −∞ wherever the constraint of a row forbids a token."
     if all(r.state is None for r in requests): return logits
     anything = torch.ones(logits.shape[1], dtype=torch.bool)
-    masks = [anything if r.state is None else r.state.mask() for r in requests]
+    masks = [anything if (mask := mask_of(r)) is None else mask for r in requests]
     return logits.masked_fill(~torch.stack(masks), -torch.inf)
 
 # %% ../nbs/93a_engine.ipynb #58416066
@@ -117,13 +125,20 @@ def reason_to_end(request: Request) -> str | None:
     return "context" if len(request.tokens) == request.room else None
 
 # %% ../nbs/93a_engine.ipynb #7c0b78f2
+def belongs(request: Request, token: int, stop_ids: tuple[int, ...]) -> bool:
+    "Whether a chosen token is part of the answer: not its end, and its constraint goes along."
+    if request.error is not None or token in stop_ids: return False
+    try: request.state is None or request.state.advance(token)
+    except SLMError as error: request.error = error
+    return request.error is None
+
+# %% ../nbs/93a_engine.ipynb #bb806f6f
 def accept(request: Request, token: int, stop_ids: tuple[int, ...]) -> Event:
     "Add a chosen token to its request; what the caller should hear of it."
-    if token in stop_ids:
+    if not belongs(request, token, stop_ids):
         request.finish_reason = "stop"
         return Event(request, None, request.stream.close(), finish_reason="stop")
     for ids in (request.tokens, request.past.ids, request.unread): ids.append(token)
-    if request.state is not None: request.state.advance(token)
     text = request.stream.push(token)
     request.finish_reason = reason_to_end(request)
     if request.finish_reason: text += request.stream.close()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OPEN_PATHS', 'CAREFUL', 'NOTHING', 'Rules', 'header', 'host_name', 'check_host', 'check_origin', 'check_type',
-           'check_key', 'Gone', 'too_large', 'collect', 'read_body', 'send_error', 'Gate', 'Doorman',
+           'check_key', 'Gone', 'too_large', 'collect', 'discard', 'read_body', 'send_error', 'Gate', 'Doorman',
            'impatient_protocol']
 
 # %% ../nbs/96c_guard.ipynb #98e8a52e
@@ -91,6 +91,12 @@ async def collect(receive: Callable[[], Awaitable[dict]], rules: Rules) -> bytes
         if size > rules.max_body: raise too_large(rules)
         if not message.get("more_body"): return b"".join(parts)
 
+# %% ../nbs/96c_guard.ipynb #15e8ddfe
+async def discard(receive: Callable[[], Awaitable[dict]], most: int = 2**23, seconds: float = 1.0) -> None:
+    "Read on for a while, and forget it."
+    try: await asyncio.wait_for(collect(receive, Rules(max_body=most)), seconds)
+    except (ApiError, Gone, asyncio.TimeoutError): pass
+
 # %% ../nbs/96c_guard.ipynb #1916608a
 async def read_body(headers: list, receive: Callable[[], Awaitable[dict]], rules: Rules) -> bytes:
     "The body of a request, within its limits of type, size and time. Raises ApiError or Gone."
@@ -153,7 +159,9 @@ class Doorman(Gate):
             await send(message)
         try: await self.guarded(scope, receive, watched)
         except Gone: pass
-        except ApiError as error: await self.answer(watched, error, status)
+        except ApiError as error:
+            if error.status == 413: await discard(receive)
+            await self.answer(watched, error, status)
         except Exception as error:
             self.fault(error)
             await self.answer(watched, ApiError("a fault of the server: it was noted in its log", 500, "internal"), status)

@@ -42,8 +42,7 @@ def check_size(n_bytes: int, lm: LM, longest: int) -> None:
 def chat_prompt(lm: LM, ask: Ask) -> list[int]:
     "The ids of a conversation up to where the assistant goes on."
     messages, last = ask.prompts, ask.prompts[-1]
-    if not ask.go_on: return lm.chat_ids(messages)
-    if last["role"] != "assistant": raise ApiError("only a message of the assistant can be continued", 422, "invalid_value", "messages")
+    if not ask.go_on or last["role"] != "assistant": return lm.chat_ids(messages)
     before = messages[:-1] or [{"role": "user", "content": ""}]
     return [*lm.chat_ids(before), *lm.tokenizer.encode(last["content"])]
 
@@ -81,7 +80,8 @@ def schema_of(form: dict) -> dict:
 # %% ../nbs/96h_serving.ipynb #42710f77
 def compile_form(tokenizer: object, schema: dict) -> object:
     "A compiled constraint for a JSON Schema. Raises ApiError for one that is not supported or too costly."
-    constrain = import_module("slm.constrain")                # heavy, and needed by few
+    try: constrain = import_module("slm.constrain")           # needed by few, so imported late
+    except ModuleNotFoundError: raise ApiError("forms cannot be enforced here: leave response_format out", 400, "invalid_schema") from None
     try: return constrain.compile_constraint(tokenizer, json_schema=schema)
     except SLMError as error: raise ApiError(str(error), 400, "invalid_schema", "response_format") from None
 

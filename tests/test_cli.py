@@ -70,8 +70,10 @@ def test_help_teaches(words, command):
 
 def test_all_commands_are_there():
     alone = {"run", "chat", "sample", "plan", "pretrain", "sft", "dpo", "quantize", "export", "import", "eval", "lineage", "test"}
-    families = {"tokenizer train", "tokenizer encode", "tokenizer show", "tokenizer bench", "data prepare", "data check"}
-    assert alone | families | {"verify-resume"} <= {" ".join(words) for words, _ in COMMANDS}
+    families = {"tokenizer train", "tokenizer encode", "tokenizer show", "tokenizer bench", "tokenizer compare", "data prepare",
+                "data check", "bench decode", "bench train", "bench shakespeare"}
+    later = {"verify-resume", "ablate", "scale", "doctor", "inspect", "serve"}
+    assert {" ".join(words) for words, _ in COMMANDS} == alone | families | later
     assert all(words[-1] in expect_ok("--help") or words[0] in expect_ok("--help") for words, _ in COMMANDS)
 
 

@@ -202,11 +202,11 @@ def schemathesis(url: str, examples: int) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="module")
-def quiet_server(lm):
+def quiet_server():
     """As `server`, with answers so short that thousands of requests take little time."""
     from slm.serving import Service
 
-    background = Background(lm, "tiny", sizes=Sizes(slots=8))
+    background = Background(tiny(4096), "tiny", sizes=Sizes(slots=8))
     with background as url:
         background.url, submit = url, background.service.scheduler.submit
 

@@ -1,0 +1,192 @@
+"""Data: killed and resumed preparation, damage, hub layouts, long documents, and the doctor, through the command line and the library."""
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import slm.cli  # noqa: F401  its commands join the program
+from slm.config import SLMError
+from slm.data import Pack, open_source
+from slm.data_doctor import examine
+from slm.loading import ROWS, Loader
+from slm.packing import parts_folder
+from slm.shell import expect_ok, expect_refusal
+from slm.sources import DataError, stream_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+CORPORA = os.environ.get("SLM_DATA")              # a folder of real corpora; the tests that need it are skipped without
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def start(words: str, cwd: Path, **options) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "import slm.cli, sys; sys.argv[0] = 'slm'; slm.cli.main()", *words.split()]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=cwd, env=environment, **{**quiet, **options})
+
+
+PREPARE = "data prepare storyworld --megabytes 0.6 --vocab-size 300 --val-fraction 0.1 " \
+          "--shard-tokens 60000 --part-megabytes 0.02 --workers 1"
+
+
+def killed_until_done(here: Path, kills: int, moments: random.Random, words: str = PREPARE) -> int:
+    """SIGKILL `slm data prepare` at random moments, then let it finish; how many kills met a running process."""
+    begin, met = time.perf_counter(), 0
+    whole = start(f"{words} --out oracle", here)
+    while not (here / "oracle").exists() and whole.poll() is None:
+        time.sleep(0.01)
+    imported = time.perf_counter() - begin
+    assert whole.wait(120) == 0, whole.stderr.read().decode()
+    took = time.perf_counter() - begin - imported
+    for _ in range(kills):
+        process = start(f"{words} --out killed", here)
+        while not (here / "killed").exists() and process.poll() is None:
+            time.sleep(0.01)                                   # importing is not what is to be killed
+        time.sleep(moments.uniform(0, 0.9) * took)
+        met += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = start(f"{words} --out killed", here)
+    assert last.wait(120) == 0, last.stderr.read().decode()
+    return met
+
+
+def test_killed_preparation_gives_the_same_bytes(here):
+    assert killed_until_done(here, 3, random.Random(0)) >= 1
+    assert files_of(here / "killed" / "pack") == files_of(here / "oracle" / "pack")
+    assert not parts_folder(here / "killed" / "pack").exists()
+
+
+@pytest.mark.slow
+def test_twenty_kills(here):
+    for number in range(4):
+        (here / str(number)).mkdir()
+        killed_until_done(here / str(number), 5, random.Random(number))
+        assert files_of(here / str(number) / "killed" / "pack") == files_of(here / str(number) / "oracle" / "pack")
+
+
+def test_a_flipped_byte_in_any_shard_is_named_before_training(here):
+    expect_ok("data prepare storyworld --max-docs 80 --vocab-size 300 --val-fraction 0.1 --shard-tokens 5000 --out s")
+    for shard in sorted(Path("s/pack").glob("*.bin")):
+        good = shard.read_bytes()
+        shard.write_bytes(good[:7] + bytes([good[7] ^ 16]) + good[8:])
+        with pytest.raises(SLMError, match=shard.name):
+            Pack("s/pack")
+        assert shard.name in expect_refusal("pretrain s/pack --preset tiny --steps 2 --out never")
+        shard.write_bytes(good)
+    assert Pack("s/pack").metadata["splits"]["train"]["documents"] > 10
+
+
+def rows(n: int) -> list[str]:
+    return [f"Row {i} of the table tells about {i} mills, a river and a quiet winter." for i in range(n)]
+
+
+def test_every_format_gives_the_same_texts(here):
+    import csv
+    import gzip
+
+    import pyarrow
+    import pyarrow.parquet
+    texts = rows(20)
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    Path("a.jsonl").write_text(lines)
+    Path("a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    with open("a.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([text] for text in texts)])
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "a.parquet")
+    Path("a.txt").write_text("<|endoftext|>".join(texts))
+    for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "a.txt"):
+        assert [item["text"] for item in open_source(name)] == texts, name
+
+
+def test_hub_layout_with_configs_and_splits(here):
+    import pyarrow
+    import pyarrow.parquet
+    texts = rows(30)
+    for config, part in (("small", texts[:10]), ("large", texts)):
+        Path("set", config).mkdir(parents=True)
+        for number, half in enumerate((part[:len(part) // 2], part[len(part) // 2:])):
+            pyarrow.parquet.write_table(pyarrow.table({"story": half}), Path("set", config, f"train-{number:05d}-of-00002.parquet"))
+        pyarrow.parquet.write_table(pyarrow.table({"story": ["held out"]}), Path("set", config, "test-00000-of-00001.parquet"))
+    configs = "".join(f"- config_name: {c}\n  data_files:\n  - split: train\n    path: {c}/train-*\n  - split: test\n    path: {c}/test-*\n"
+                      for c in ("small", "large"))
+    Path("set/README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+
+    def read(config, split, field="story"):
+        return [item["text"] for item in stream_rows("set", field, str, "set", config, split=split)]
+
+    assert read("small", "train") == texts[:10] and read("large", "train") == texts and read("large", "test") == ["held out"]
+    with pytest.raises(DataError, match="no field 'text'"):
+        read("small", "train", "text")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is Linux's")
+def test_a_document_larger_than_memory_streams_through(here):
+    line = "The mill at the river was quiet that winter, and nobody came.\n"
+    with open("giant.txt", "w") as file:
+        file.write("A small one.<|endoftext|>")
+        for _ in range(400):
+            file.write(line * 8000)
+    script = """if True:
+        import resource
+        from slm.sources import open_source
+        held = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmData"))
+        resource.setrlimit(resource.RLIMIT_DATA, (held + (160 << 20),) * 2)       # less than the document
+        print(sum(len(item["text"]) for item in open_source("giant.txt")))"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=here)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert int(done.stdout) > 0.99 * (here / "giant.txt").stat().st_size
+
+
+def test_dtype_overflow_and_other_wishes_are_refused(here):
+    Path("a.txt").write_text("\n\n".join(rows(200)))
+    assert "uint16 or uint32" in expect_refusal("data prepare a.txt --dtype int8 --vocab-size 300 --out x")
+    assert "did you mean 'language'" in expect_refusal("data prepare a.txt --clean languge --out x")
+    assert "never ends" in expect_refusal("data prepare storyworld --out x")
+    assert "holds no text" in expect_refusal("data check nowhere")
+
+
+def test_npy_export_is_the_pack(here):
+    expect_ok("data prepare storyworld --max-docs 60 --vocab-size 300 --val-fraction 0.1 --dtype uint32 --npy --out s")
+    [shard] = Pack("s/pack").tokens("train")
+    assert np.array_equal(np.load("s/npy/train-00000.npy"), shard) and shard.dtype == np.uint32
+
+
+def test_loader_is_a_function_of_seed_and_step(here):
+    expect_ok("data prepare storyworld --max-docs 60 --vocab-size 300 --val-fraction 0.1 --out s")
+    for rule in (*ROWS, "random"):
+        one, other = (Loader(Pack("s/pack"), "train", 64, 4, rule, seed=seed) for seed in (0, 1))
+        again = Loader(Pack("s/pack"), "train", 64, 4, rule)
+        assert all((one.batch(step)["ids"] == again.batch(step)["ids"]).all() for step in (5, 0, 3)), rule
+        assert not (one.batch(5)["ids"] == other.batch(5)["ids"]).all(), rule
+
+
+def test_doctor_on_the_command_line(here):
+    Path("pages").mkdir()
+    told = [*rows(30), "cafÃ© " * 3 + rows(1)[0], "", rows(3)[2]]
+    Path("pages/train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in told))
+    out = expect_ok("data check pages --report r")
+    assert "encoding: 1" in out and "empty: 1" in out and Path("r/report.md").exists()
+
+
+@pytest.mark.skipif(not CORPORA, reason="set SLM_DATA to a folder of real corpora")
+def test_doctor_reads_real_corpora():
+    seen = examine(Path(CORPORA) / "sft", text_field="prompt")
+    assert seen.sizes and seen.languages.most_common(1)[0][0] == "en"
