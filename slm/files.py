@@ -102,7 +102,7 @@ def try_lock(handle: int) -> bool:
 
 # %% ../nbs/02_files.ipynb #ea5b6f76
 def lock_owner(handle: int) -> str:
-    """The process number in an open lock file. Its owner has the lock a moment before it has written that, so an empty file is read again."""
+    """The process number in an open lock file; read again while it is empty, since its owner has the lock before he has written."""
     for _ in range(50):
         os.lseek(handle, 0, os.SEEK_SET)
         owner = os.read(handle, 32).decode(errors="replace").strip()
@@ -111,6 +111,7 @@ def lock_owner(handle: int) -> str:
         time.sleep(0.01)
     return "unknown"
 
+# %% ../nbs/02_files.ipynb #53634817
 @contextmanager
 def run_lock(run_dir: str | Path) -> Iterator[None]:
     """Be the only writer of a folder. The second one gets an ArtifactError with the first one's process number, at once."""

@@ -102,6 +102,7 @@ def settle(path: Path) -> bool:
     except OSError:                              # somebody else was faster
         return False
 
+# %% ../nbs/03_folders.ipynb #2d83d9d8
 def tidy(parent: str | Path) -> list[str]:
     """Settle the leftovers of dead processes in a folder; return their names. Temporary files must be a minute old."""
     def old(p: Path) -> bool:
