@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELP', 'SLASH', 'SETTINGS', 'WORDS', 'Conversation', 'make_room', 'slash', 'obey', 'leave', 'forget', 'set_seed',
            'show_history', 'undo', 'instruct', 'change_setting', 'save_talk', 'typed_lines', 'converse', 'retry',
-           'chat_command', 'pieces_of', 'sample_command', 'quantize_command', 'family', 'bench_decode_command']
+           'chat_command', 'pieces_of', 'sample_command', 'quantize_command', 'bench_decode_command']
 
 # %% ../nbs/98g_decode_cli.ipynb #3ce6e47b
 import json, sys
@@ -14,9 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, Optional
 
-import typer
 
-from .shell import WORDS, Word, app, choose_checkpoint, command, read_text, write
+from .shell import WORDS, Word, app, bench_app, choose_checkpoint, command, read_text, write
 
 # %% ../nbs/98g_decode_cli.ipynb #b43b71f3
 @dataclass
@@ -269,16 +268,7 @@ def quantize_command(checkpoint: Optional[Path] = None, *, out: Optional[Path] =
     print(f"{target}  ·  {before:,} → {after:,} bytes ({after / before:.0%})")
 
 # %% ../nbs/98g_decode_cli.ipynb #2dee2c56
-def family(name: str, help: str) -> typer.Typer:
-    """The group of commands `name` of the program, made where there is none yet."""
-    found = [group.typer_instance for group in app.registered_groups if group.name == name]
-    if found: return found[0]
-    made = typer.Typer(rich_markup_mode=None, help=help)
-    app.add_typer(made, name=name)
-    return made
-
-# %% ../nbs/98g_decode_cli.ipynb #8c172a09
-@command(family("bench", "Measure speed beside other libraries."), "decode",
+@command(bench_app, "decode",
          eager=Word("Leave the compiled steps out: no wait for the compiler."),
          alone=Word("Leave transformers and llama.cpp out."), rounds=Word("Turns of each contender; the best counts.", low=1),
          preset=Word("Shape of the model: 15M (the published figures), or a preset such as tiny.", "p"))
