@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['save_tokenizer', 'tokenizer_train', 'tokenizer_encode', 'tokenizer_show', 'tokenizer_compare', 'tokenizer_bench',
-           'split_settings', 'training_config', 'announce', 'held_out', 'start_pretraining', 'sft_command',
+           'split_settings', 'training_config', 'announce', 'filming', 'held_out', 'start_pretraining', 'sft_command',
            'dpo_command', 'export_command', 'import_command', 'plan_lines', 'plan_command']
 
 # %% ../nbs/98b_make.ipynb #f4b9f0e8
+import os
 import sys
 from pathlib import Path
 from typing import Iterable, Optional
@@ -131,14 +132,27 @@ def announce(out: Path, summary: dict, quiet: bool = False) -> None:
     write("" if quiet else f"{out}  ·  {describe(figures)}\n")
 
 # %% ../nbs/98b_make.ipynb #5cac8611
+def filming(model: object, tok: object, config: object, out: Path) -> object:
+    """A function of the step that saves the model in `out`/film at log-spaced steps; step 0 is saved at once. Raises SLMError with fsdp."""
+    from slm.config import SLMError
+    from slm.timelapse import Snapshots
+    if config.parallel == "fsdp" and "RANK" in os.environ:
+        raise SLMError("a film needs whole weights, but fsdp spreads them over processes: leave out --film or --fsdp")
+    if os.environ.get("RANK", "0") != "0": return lambda step: None
+    keep = Snapshots(out / "film", config.steps)
+    keep(model, tok, 0)
+    return lambda step: keep(model, tok, step)
+
+# %% ../nbs/98b_make.ipynb #06af52f9
 def held_out(pack: object, tok: object) -> tuple[list[list[int]], list[int]]:
     """Up to 48 documents that the model does not see, and their bytes."""
     docs = list(pack.documents("val", 48))
     return docs, [len(tok.decode_bytes(doc[1:-1])) for doc in docs]
 
 def start_pretraining(pack_dir: Path, tok_dir: Path, preset_name: str, shape: list[str], config: object, out: Path, quiet: bool,
-                      **more) -> dict:
-    """Build the model that a preset and settings describe, and train it on a pack; `more` goes to `train`, whose summary is returned."""
+                      film: bool = False, **more) -> dict:
+    """Build the model that a preset and settings describe, and train it on a pack; `more` goes to `train`, whose summary is returned.
+    `film` keeps log-spaced snapshots in `out`/film."""
     from functools import partial
     from slm.artifacts import artifact_id
     from slm.config import override, preset, seed_everything
@@ -154,8 +168,10 @@ def start_pretraining(pack_dir: Path, tok_dir: Path, preset_name: str, shape: li
     batch_at = lambda step: pack.batch("train", config.seed, step, config.batch_size, config.context_length)
     evaluate = (lambda model: bits_per_byte(model, docs, sizes)) if docs else None
     sample = lambda model: LM(model, tok).generate("Once upon a time", max_new_tokens=40, seed=config.seed)
+    model = TransformerLM(model_config)
+    if film: more["on_step"] = filming(model, tok, config, out)
     return train(
-        TransformerLM(model_config), batch_at, partial(lm_loss, z_loss=config.z_loss), config, out, evaluate=evaluate, sample=sample,
+        model, batch_at, partial(lm_loss, z_loss=config.z_loss), config, out, evaluate=evaluate, sample=sample,
         parents={"pack": artifact_id(pack_dir)}, quiet=quiet,
         files={"tokenizer.json": tok_dir / "tokenizer.json" if tok_dir.is_dir() else tok_dir}, **more)
 
