@@ -10,13 +10,11 @@ __all__ = ['HUB_NAME', 'CLEANING', 'visible_files', 'file_source', 'folder_sourc
 # %% ../nbs/41d_sources.ipynb #de9bc7dc
 import itertools, os, re, unicodedata
 from pathlib import Path
-from typing import Iterator
 from .artifacts import explain_os_error
 from .config import did_you_mean, sentence_of
 from .gutenberg import gutenberg_source
 from .hub import copy_source, hub_source, is_hub_copy
-from .texts import (MARKER, DataError, Source, cut_at_blank_lines, cut_at_marks, document, hide_secrets, quiet_datasets, stream_rows,
-                       table_kind, table_source, text_pieces, text_source, why_not_text)
+from .texts import MARKER, DataError, Source, document, table_kind, table_source, text_source
 
 # %% ../nbs/41d_sources.ipynb #63576445
 def visible_files(folder: Path) -> list[tuple[str, Path]]:

@@ -27,8 +27,8 @@ def texts(kind: str, n: int = 40) -> list[str]:
 
 
 def configs(*names: str) -> bytes:
-    parts = "".join(f"- config_name: {name}\n  data_files:\n" + "".join(f"  - split: {s}\n    path: {name}/{s}-*\n" for s in ("train", "test"))
-                    for name in names)
+    files = {name: "".join(f"  - split: {split}\n    path: {name}/{split}-*\n" for split in ("train", "test")) for name in names}
+    parts = "".join(f"- config_name: {name}\n  data_files:\n{files[name]}" for name in names)
     return f"---\nlicense: mit\nconfigs:\n{parts}---\nNot a story.\n".encode()
 
 
@@ -65,7 +65,8 @@ for line in sys.argv[1:]:
 def slm(hub, *lines: str, **environment: str) -> list[tuple[int, str]]:
     """(exit code, what was printed) of each `slm LINE`, run one after another in a process of its own whose hub is ours."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.here / "hf"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+    places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.here / "hf"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
+              "NO_PROXY": "127.0.0.1"}
     done = subprocess.run([sys.executable, "-c", DRIVER, *lines], cwd=hub.here, env={**clean, **places, **environment}, capture_output=True,
                           text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
