@@ -50,6 +50,7 @@ PREPARE = dict(
     tokenizer=Word("Tokenizer to use. Default: train one on this text."),
     val_fraction=Word("Share of documents to hold out, chosen by content hash.", low=0, high=0.5),
     text_field=Word("Field of a table that holds the text."),
+    split=Word("Split of a data set of the hub, or of a folder laid out like one."),
     clean=Word("A cleaning step: encoding, boilerplate, words=20:, language=en, repetition … May be repeated.", shown="STEP"),
     near_copies=Word("Drop documents at least this similar to an earlier one, such as 0.8.", low=0.05, high=1),
     dtype=Word("uint16 or uint32. Default: what the vocabulary needs."),
@@ -62,8 +63,9 @@ PREPARE = dict(
 @command(data_app, "prepare", **PREPARE)
 def data_prepare(source: str, *, out: Path = Path("data/prepared"), tokenizer: Optional[Path] = None, vocab_size: int = 2048,
                  megabytes: Optional[float] = None, max_docs: Optional[int] = None, val_fraction: float = 0.02, text_field: str = "text",
-                 clean: list[str] = (), near_copies: Optional[float] = None, dtype: Optional[str] = None, shard_tokens: int = 1 << 24,
-                 npy: bool = False, workers: Optional[int] = None, part_megabytes: float = 8, seed: int = 0) -> None:
+                 split: str = "train", clean: list[str] = (), near_copies: Optional[float] = None, dtype: Optional[str] = None,
+                 shard_tokens: int = 1 << 24, npy: bool = False, workers: Optional[int] = None, part_megabytes: float = 8,
+                 seed: int = 0) -> None:
     """Read and clean text, hold some out, write tokens for training.
 
     After an interruption, the same command goes on and gives the same bytes.
@@ -75,7 +77,7 @@ def data_prepare(source: str, *, out: Path = Path("data/prepared"), tokenizer: O
     from slm.packing import corpus_once, export_npy, pack_once
     from slm.sources import open_source
     limits = {"max_bytes": megabytes and int(megabytes * 1e6), "max_docs": max_docs, "val_fraction": val_fraction}
-    text, cleaner = treated(open_source(source, seed=seed, text_field=text_field), list(clean), near_copies)
+    text, cleaner = treated(open_source(source, seed=seed, text_field=text_field, split=split), list(clean), near_copies)
     write(f"{out / 'corpus'}  ·  {describe(corpus_once(text, out / 'corpus', **limits))}\n{book(cleaner)}")
     tok = tokenizer_once(out, tokenizer, vocab_size)
     metadata = pack_once(out / "corpus", tok, out / "pack", shard_tokens, dtype, workers, int(part_megabytes * 1e6))

@@ -18,7 +18,8 @@ from slm.data_doctor import examine
 from slm.loading import ROWS, Loader
 from slm.packing import parts_folder
 from slm.shell import expect_ok, expect_refusal
-from slm.sources import DataError, stream_rows
+from slm.sources import DataError
+from slm.texts import stream_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPORA = os.environ.get("SLM_DATA")              # a folder of real corpora; the tests that need it are skipped without
