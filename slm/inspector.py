@@ -11,6 +11,8 @@ __all__ = ['LIGHT', 'DARK', 'STYLE', 'SCRIPT', 'PAGE']
 # %% ../nbs/95h_inspector.ipynb #35666283
 LIGHT = "--paper:#fff;--ink:#1d2330;--soft:#5d6678;--line:#e1e5eb;--card:#f7f8fa;--hot:214,69,47;--cool:37,99,235;--sure:14,116,144"
 DARK = "--paper:#12151c;--ink:#e7eaf0;--soft:#a2abbb;--line:#2b3240;--card:#1a1f2a;--hot:255,122,89;--cool:96,165,250;--sure:45,190,210"
+
+# %% ../nbs/95h_inspector.ipynb #0de5188b
 STYLE = f"""
 :root{{color-scheme:light dark;{LIGHT}}}
 @media(prefers-color-scheme:dark){{:root:not([data-theme=light]){{{DARK}}}}}
@@ -55,6 +57,10 @@ canvas{image-rendering:pixelated;border:1px solid var(--line);border-radius:4px;
 .map .under{display:flex;grid-column:2;padding-top:4px}
 .map .under div{writing-mode:vertical-rl;display:flex;align-items:center}
 .map .side div{display:flex;align-items:center;white-space:pre} .map .lit{color:var(--ink);font-weight:700}
+"""
+
+# %% ../nbs/95h_inspector.ipynb #a06aa381
+STYLE += """
 table{border-collapse:collapse;font-size:12px}
 td,th{padding:4px 7px;text-align:center;white-space:nowrap;border:1px solid var(--line);font-weight:400}
 th{color:var(--soft);background:var(--card)} .scroll th:first-child{position:sticky;left:0;z-index:1} th.on,td.on{outline-offset:-2px}
@@ -104,6 +110,10 @@ const spans=D.tokens.map((t,i)=>{
   return s});
 $('facts').textContent=`${D.model} · this text: ${D.tokens.length} tokens, ${D.bytes} bytes · `+
   `${(D.bits/D.bytes).toFixed(3)} bits per byte, ${(D.bits/D.tokens.length).toFixed(2)} bits a token${D.cut?' · the text was cut':''}`;
+"""
+
+# %% ../nbs/95h_inspector.ipynb #aac802ea
+SCRIPT += """
 function expected(){
   const t=D.tokens[at],box=$('top');box.replaceChildren();
   $('chosen').replaceChildren('After “',el('b',D.labels[at]),'” the model expected:');
@@ -123,6 +133,10 @@ const small=[];$('heads').style.gridTemplateColumns=`repeat(${H},max-content)`;
 for(let l=0;l<L;l++)for(let h=0;h<H;h++){
   const f=el('figure'),c=el('canvas');f.append(c,el('figcaption',`${l}.${h}`));
   f.onclick=()=>{layer=l;head=h;looks()};$('heads').append(f);small.push([f,c,l,h])}
+"""
+
+# %% ../nbs/95h_inspector.ipynb #95f7f9cd
+SCRIPT += """
 const step=Math.max(3,Math.min(15,Math.floor(640/T))),big=$('big');
 const sides=step<9?[]:['side','under'].map(where=>D.labels.map(w=>{
   const e=el('div',w);e.style[where=='side'?'height':'width']=step+'px';$(where).append(e);return e}));
@@ -196,6 +210,10 @@ function matrix(box,title,why,rows,names){
       tr.append(c)});
     t.append(tr)});
   part.append(t);box.append(part)}
+"""
+
+# %% ../nbs/95h_inspector.ipynb #f4801033
+SCRIPT += """
 const WHY={previous:'Share of attention on the token just before.',duplicate:'On the earlier occurrence of the same token.',
   induction:'On what followed the earlier occurrence: it copies.','without a head':'Bits a token this text costs more.'};
 for(const[title,rows]of Object.entries(D.heads))matrix($('habits'),title,WHY[title],rows,D.heads.previous[0].map((_,h)=>'head '+h));
@@ -212,6 +230,10 @@ if(D.routes){
     rows.forEach((g,t)=>{
       const c=el('td',D.labels[t]);c.style.background=rgba('sure',.8*g[e]);hint(c,`${D.labels[t]}: ${pc(g[e])}`);tr.append(c)});
     $('routes').append(tr)}))}
+"""
+
+# %% ../nbs/95h_inspector.ipynb #a13a3b5f
+SCRIPT += """
 if(D.origins){
   $('learned').hidden=false;$('copied').textContent=pc(D.origins.share);
   const longest=D.tokens.map(()=>0);
@@ -250,6 +272,10 @@ content="default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inlin
 <p>Pale <i class="legend" style="background:linear-gradient(90deg,transparent,rgba(var(--hot),.85))"></i> red: 0 to 8 bits and more. Dotted
 line: not what the model held to be the likeliest.</p>
 <div id="text" class="text"></div>
+"""
+
+# %% ../nbs/95h_inspector.ipynb #8e3f1d3f
+PAGE += """\
 <p id="chosen" style="margin-top:14px"></p><div id="top" style="max-width:560px"></div><p id="came"></p>
 <h2>Where do the heads look?</h2>
 <p>One small map a head, layers downwards: each row is a token that looks, each column one that is looked at, dark where it looks much. A

@@ -17,8 +17,7 @@ from .shell import Word, app, artifact_folder, choose_checkpoint, command, write
 # %% ../nbs/98d_train_cli.ipynb #e11a962e
 @command(app, "pretrain", pack=Word("A pack: the folder pack/ that `slm data prepare` wrote."),
          tokenizer=Word("The pack's tokenizer. Default: the folder tokenizer/ beside the pack."),
-         device=Word("auto (a GPU where there is one), cpu, cuda, mps."),
-         fsdp=Word("With torchrun: spread the weights over the processes, too."),
+         device=Word("auto (a GPU where there is one), cpu, cuda, mps."), fsdp=Word("With torchrun: spread the weights, too."),
          film=Word("Keep snapshots of steps 0, 1, 2, 4, 8 … in OUT/film, for slm inspect --film."))
 def pretrain_command(pack: Path, *, out: Path = Path("checkpoints/pretrain"), preset: str = "story", tokenizer: Optional[Path] = None,
                      steps: int = 1000, batch_size: int = 16, context_length: int = 256, lr: float = 3e-3, device: str = "auto",
