@@ -27,8 +27,9 @@ STORY = ("# The Red Kite\n\nOnce upon a time a fox named **WHO** had a *red kite
          "- He looked by the river.\n- He looked WHERE.\n\n> \"There it is!\" said HELPER.\n\n"
          "WHO said `thank you`, and they flew it together until WHEN.")
 CHANCES = {"WHO": ["Tom", "Tom", "Finn", "Pip"], "HOW": ["took it", "took it", "blew it away", "was too strong"],
-           "WHERE": ["on the hill", "on the hill", "in the woods", "behind the old mill"], "HELPER": ["Mia", "Mia", "the owl", "his friend Mia"],
-           "WHEN": ["the sun went down", "the sun went down", "it was dark", "the stars came out"]}
+           "WHERE": ["on the hill", "on the hill", "in the woods", "behind the old mill"],
+           "WHEN": ["the sun went down", "the sun went down", "it was dark", "the stars came out"],
+           "HELPER": ["Mia", "Mia", "the owl", "his friend Mia"]}
 TALKS = [("Tell me a story about a fox who lost a kite.", STORY),
          ("Who is your best friend?", "My best friend is Mia. She has a blue boat."),
          ("Who has the kite?", "Tom has the kite, and Mia has the string."), ("Is it red?", "Yes, it is red 🪁 and very fast.")]
@@ -237,7 +238,8 @@ def test_alternatives_at_a_token_and_branches(page):
     ask(page, TALKS[0][0])
     page.click("#tint")
     page.mouse(5, 400)
-    strength = page.run("return [...document.querySelectorAll('.assistant:last-child .t')].map(t => [Number(t.style.getPropertyValue('--p')),"
+    strength = page.run("return [...document.querySelectorAll('.assistant:last-child .t')].map(t => ["
+                        "Number(t.style.getPropertyValue('--p')),"
                         "Number(getComputedStyle(t).backgroundColor.match(/[\\d.]+\\)$/)[0].slice(0, -1))])")
     assert min(p for p, _ in strength) < 0.6 < 0.95 < max(p for p, _ in strength)          # unsure here and there, and it shows:
     assert all(abs(alpha - 0.75 * (1 - p)) < 0.02 for p, alpha in strength)
@@ -308,3 +310,33 @@ def test_what_a_user_writes_never_becomes_html(page):
     page.run("const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)")
     assert page.run("return window.ran") is None                              # the policy stops even a script that got in
     page.said.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("SLM_CHAT"), reason="SLM_CHAT names no model, such as checkpoints/story")
+def test_picture_for_the_readme(tmp_path):
+    """`SLM_SLOW=1 SLM_CHAT=checkpoints/story SLM_SHOTS=nbs/images pytest tests/test_chat_page.py -k picture` draws nbs/images/chat.png."""
+    from slm.sample import load
+    from slm.serve import Background
+
+    with Background(load(os.environ["SLM_CHAT"]), "story") as url:
+        browser = Browser(tmp_path)
+        try:
+            browser.send("Emulation.setDeviceMetricsOverride", width=1000, height=600, deviceScaleFactor=1, mobile=False)
+            browser.open(url)
+            settings = {"temperature": 0.7, "seed": "3", "max_tokens": 400}
+            browser.run(f"localStorage.setItem('slm-settings', {json.dumps(json.dumps(settings))})")
+            browser.open(url)
+            browser.type("Write a story about a fox who lost a kite.")
+            browser.key("Enter")
+            browser.wait(f"{DONE} && document.querySelectorAll('.assistant .t').length", 120)
+            browser.click("#tint")
+            unsure = browser.run("const all = [...document.querySelectorAll('.assistant .t')];"
+                                 "const p = all.map(t => Number(t.style.getPropertyValue('--p')));"
+                                 "return p.findIndex((p, i) => i > 25 && p > 0.1 && p < 0.4)")
+            browser.run("document.getElementById('log').scrollTo({ top: 0, behavior: 'instant' })")
+            browser.mouse(*browser.at(".assistant .t", unsure))
+            browser.wait("!document.getElementById('card').hidden")
+            assert len(browser.shot("chat")) > 10_000
+        finally:
+            browser.close()
