@@ -481,7 +481,7 @@ def load(server, lm, seconds: float, clients: int, length: int) -> dict:
     """So many clients at once: most ask and read, some hang up, some read slowly. Every answer is compared with the same one alone."""
     prompts = ["Mia", "Tom has", "A red", "Once"]
     known, chance = expected_texts(lm, prompts, 5, length), random.Random(0)
-    seen = {"answers": 0, "wrong": 0, "errors": [], "refused": 0, "left": 0, "tokens": 0, "first": []}
+    seen = {"answers": 0, "wrong": 0, "errors": [], "refused": 0, "left": 0, "tokens": 0, "first": [], "each_second": []}
     end = time.monotonic() + seconds
 
     async def one(http: httpx.AsyncClient, number: int) -> None:
@@ -517,16 +517,24 @@ def load(server, lm, seconds: float, clients: int, length: int) -> dict:
                 seen["answers"] += 1
                 seen["wrong"] += text != known[prompt, seed]
 
+    async def count(every: float = 1.0) -> None:
+        while True:
+            before = counted.get()
+            await asyncio.sleep(every)
+            seen["each_second"].append([round((counted.get() - before) / every), len(scheduler.running), len(scheduler.mail.waiting)])
+
     async def everybody() -> None:
-        limits = httpx.Limits(max_connections=None)
+        limits, counting = httpx.Limits(max_connections=None), asyncio.create_task(count())
         async with httpx.AsyncClient(timeout=60, limits=limits) as http:
             await asyncio.gather(*(one(http, i) for i in range(clients)))
+        counting.cancel()
 
-    counted = server.service.meters.counters["tokens"]._value
+    counted, scheduler = server.service.meters.counters["tokens"]._value, server.service.scheduler
     before, began = counted.get(), time.monotonic()
     asyncio.run(everybody())
     took, first = time.monotonic() - began, sorted(seen.pop("first"))
-    waits = {"p50_first": first[len(first) // 2], "p95_first": first[int(0.95 * len(first))]}
+    waits = {f"p{percent}_first": first[min(len(first) - 1, percent * len(first) // 100)] for percent in (50, 95)}
+    waits |= {"first": [round(first[i * (len(first) - 1) // 100], 4) for i in range(101)]}           # percentiles, seconds
     return seen | waits | {"tokens_per_second": (counted.get() - before) / took, "clients": clients, "seconds": took,
                            "leaked": not settled(server)}
 
@@ -579,6 +587,6 @@ def test_64_clients_for_a_minute():
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory) / 1024
     facts = {"alone": alone, "together": seen, "ratio": seen["tokens_per_second"] / alone["tokens_per_second"], "grown_mb": grown,
              "machine": describe_machine()}
-    (ROOT / "nbs" / "results" / "serve.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (ROOT / "nbs" / "results" / "serve.json").write_text(json.dumps(facts) + "\n")
     assert not seen["errors"] and seen["wrong"] == 0 and not seen["leaked"], seen
     assert facts["ratio"] >= 3, facts
