@@ -105,6 +105,7 @@ class Source:
     limit_docs: int | None = None
     endless: bool = False
     skipped: list[str] = field(default_factory=list)   # what was left out, and why
+    slice: Callable[[int, int], list[dict]] | None = None      # documents start … end - 1 at once, where that needs none before them
 
     def __iter__(self) -> Iterator[dict]:
         """The documents, at most `limit_docs` of them."""
