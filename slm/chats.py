@@ -10,8 +10,9 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from . import hub
 from .config import SLMError
-from .sources import looks_like_hub, quiet_datasets
+from .sources import DataError, looks_like_hub
 
 # %% auto #0
 __all__ = ['SHAREGPT_ROLES', 'ANSWER_FIELDS', 'ChatError', 'sharegpt_messages', 'question_of', 'answered_question',
@@ -118,13 +119,8 @@ def file_rows(path: Path) -> Iterator[tuple[int, str | object]]:
 # %% ../nbs/60_chats.ipynb #5df07242
 def hub_rows(name: str, error: type[SLMError] = ChatError, split: str = "train") -> Iterator[tuple[str, object]]:
     "(name, row) of a data set of the hub, `owner/name` or `owner/name:config`, streamed. Raises `error` when it cannot be read."
-    repo, _, config = name.partition(":")
-    with quiet_datasets() as datasets:
-        try:
-            rows = datasets.load_dataset(repo, config or None, split=split, streaming=True)
-            yield from ((f"row {number} of {name}", row) for number, row in enumerate(rows, 1))
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
-            raise error(f"hub data set {name!r} cannot be read ({str(e)[:99]}): check name and network, or give a file") from None
+    try: yield from ((f"row {number} of {name}", row) for number, row in enumerate(hub.hub_rows(name, split), 1))
+    except DataError as e: raise error(str(e)) from None
 
 # %% ../nbs/60_chats.ipynb #f76e048d
 def read_rows(source: str | Path | Iterable, error: type[SLMError] = ChatError) -> Iterator[tuple[str, object]]:

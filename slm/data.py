@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Encoder', 'token_dtype', 'check_ids', 'in_batches', 'encode_documents', 'cut_shards', 'write_shards', 'pack_split',
-           'encode_side', 'write_pack', 'window_starts', 'rows_of_step', 'places_of', 'Pack', 'documents', 'windows',
-           'cut_row', 'batch']
+           'encode_side', 'write_pack', 'window_starts', 'epoch_order', 'rows_of_step', 'places_of', 'Pack',
+           'documents', 'windows', 'cut_row', 'batch']
 
 # %% ../nbs/43_data.ipynb #a03639ab
 import itertools
 from bisect import bisect_right
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, Protocol
 import numpy as np
@@ -142,15 +143,15 @@ def window_starts(doc_starts: np.ndarray, n_tokens: int, context_length: int) ->
     return np.array(starts, dtype=np.int64)
 
 # %% ../nbs/43_data.ipynb #bbd628fd
+@lru_cache(4)
+def epoch_order(n_rows: int, key: tuple, epoch: int) -> np.ndarray:
+    """The order of the rows in an epoch, a permutation; the last few are kept, since a step needs one or two."""
+    return rng(*key, epoch).permutation(n_rows)
+
 def rows_of_step(n_rows: int, key: tuple, step: int, batch_size: int) -> list[int]:
     """Which rows step `step` takes: each epoch is a permutation of all rows that depends on `key` and the epoch alone."""
-    rows = []
-    for place in range(step * batch_size, (step + 1) * batch_size):
-        epoch, index = divmod(place, n_rows)
-        if not rows or index == 0:
-            order = rng(*key, epoch).permutation(n_rows)
-        rows.append(int(order[index]))
-    return rows
+    places = (divmod(place, n_rows) for place in range(step * batch_size, (step + 1) * batch_size))
+    return [int(epoch_order(n_rows, key, epoch)[index]) for epoch, index in places]
 
 # %% ../nbs/43_data.ipynb #bef71932
 def places_of(shard: np.ndarray, token: int, size: int = 1 << 22) -> np.ndarray:

@@ -17,11 +17,11 @@ from .shell import Word, app, artifact_folder, choose_checkpoint, command, write
 # %% ../nbs/98d_train_cli.ipynb #e11a962e
 @command(app, "pretrain", pack=Word("A pack: the folder pack/ that `slm data prepare` wrote."),
          tokenizer=Word("The pack's tokenizer. Default: the folder tokenizer/ beside the pack."),
-         device=Word("auto (a GPU where there is one), cpu, cuda, mps."),
-         fsdp=Word("With torchrun: spread the weights over the processes, too."))
+         device=Word("auto (a GPU where there is one), cpu, cuda, mps."), fsdp=Word("With torchrun: spread the weights, too."),
+         film=Word("Keep snapshots of steps 0, 1, 2, 4, 8 … in OUT/film, for slm inspect --film."))
 def pretrain_command(pack: Path, *, out: Path = Path("checkpoints/pretrain"), preset: str = "story", tokenizer: Optional[Path] = None,
                      steps: int = 1000, batch_size: int = 16, context_length: int = 256, lr: float = 3e-3, device: str = "auto",
-                     fsdp: bool = False, settings: list[str] = (), seed: int = 0, quiet: bool = False) -> None:
+                     fsdp: bool = False, film: bool = False, settings: list[str] = (), seed: int = 0, quiet: bool = False) -> None:
     """Train a model from nothing on a pack.
 
     After Ctrl-C, the same command goes on where it was.
@@ -34,7 +34,7 @@ def pretrain_command(pack: Path, *, out: Path = Path("checkpoints/pretrain"), pr
     config = training_config(settings, steps=steps, batch_size=batch_size, context_length=context_length, lr=lr, seed=seed, device=device,
                              parallel="fsdp" if fsdp else "ddp", keep_best=True, sample_every=max(1, steps // 4))
     shape = split_settings(settings)["model"]
-    announce(out, start_pretraining(pack, tokenizer or pack.parent / "tokenizer", preset, shape, config, out, quiet), quiet)
+    announce(out, start_pretraining(pack, tokenizer or pack.parent / "tokenizer", preset, shape, config, out, quiet, film), quiet)
 
 # %% ../nbs/98d_train_cli.ipynb #f45b574e
 def small_start(run_dir: Path, config: object, on_step: object = None) -> None:

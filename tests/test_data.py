@@ -18,7 +18,8 @@ from slm.data_doctor import examine
 from slm.loading import ROWS, Loader
 from slm.packing import parts_folder
 from slm.shell import expect_ok, expect_refusal
-from slm.sources import DataError, stream_rows
+from slm.sources import DataError
+from slm.texts import stream_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 CORPORA = os.environ.get("SLM_DATA")              # a folder of real corpora; the tests that need it are skipped without
@@ -41,8 +42,24 @@ def start(words: str, cwd: Path, **options) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=cwd, env=environment, **{**quiet, **options})
 
 
-PREPARE = "data prepare storyworld --megabytes 0.6 --vocab-size 300 --val-fraction 0.1 " \
-          "--shard-tokens 60000 --part-megabytes 0.02 --workers 1"
+SMALL = "--vocab-size 300 --val-fraction 0.1 --shard-tokens 60000 --part-megabytes 0.02 --workers 1"
+PREPARE = f"data prepare storyworld --megabytes 0.6 {SMALL}"
+MIXED = f"data prepare --sources mix.yml --near-copies 0.9 {SMALL}"
+MIX = """\
+target_total_words: 60000
+sources:
+- {name: stories, kind: storyworld, share: 2}
+- {name: rows, kind: file, location: rows.jsonl, filters: [encoding, controls, repetition, "words=5:"], share: 1}
+"""
+
+
+def write_mix(folder: Path) -> None:
+    """A list of two sources, one of them with faults to be cleaned."""
+    (folder / "mix.yml").write_text(MIX)
+    chance = random.Random(5)
+    some = ["river", "mill", "cafÃ©", "winter", "lamp", "bridge", "quiet", "nobody", "returned", "before", "dawn", "letter", "garden"]
+    told = [" ".join(chance.choices(some, k=chance.randrange(3, 60))) + f" number {i}." for i in range(4000)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in told))
 
 
 def killed_until_done(here: Path, kills: int, moments: random.Random, words: str = PREPARE) -> int:
@@ -68,16 +85,19 @@ def killed_until_done(here: Path, kills: int, moments: random.Random, words: str
 
 
 def test_killed_preparation_gives_the_same_bytes(here):
-    assert killed_until_done(here, 3, random.Random(0)) >= 1
+    write_mix(here)
+    assert killed_until_done(here, 3, random.Random(0), MIXED) >= 1
     assert files_of(here / "killed" / "pack") == files_of(here / "oracle" / "pack")
-    assert not parts_folder(here / "killed" / "pack").exists()
+    assert files_of(here / "killed" / "corpus") == files_of(here / "oracle" / "corpus")
+    assert not parts_folder(here / "killed" / "pack").exists() and not (here / "killed" / ".parts").exists()
 
 
 @pytest.mark.slow
 def test_twenty_kills(here):
     for number in range(4):
         (here / str(number)).mkdir()
-        killed_until_done(here / str(number), 5, random.Random(number))
+        write_mix(here / str(number))
+        killed_until_done(here / str(number), 5, random.Random(number), (PREPARE, MIXED)[number % 2])
         assert files_of(here / str(number) / "killed" / "pack") == files_of(here / str(number) / "oracle" / "pack")
 
 
