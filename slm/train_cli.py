@@ -18,10 +18,13 @@ from .shell import Word, app, artifact_folder, choose_checkpoint, command, write
 @command(app, "pretrain", pack=Word("A pack: the folder pack/ that `slm data prepare` wrote."),
          tokenizer=Word("The pack's tokenizer. Default: the folder tokenizer/ beside the pack."),
          device=Word("auto (a GPU where there is one), cpu, cuda, mps."),
-         fsdp=Word("With torchrun: spread the weights over the processes, too."))
+         fsdp=Word("With torchrun: spread the weights over the processes, too."),
+         rows=Word("aligned (each begins a document), once (every token once an epoch), fitted (whole documents), random."),
+         masks=Word("Keep the documents of a row from looking at each other."))
 def pretrain_command(pack: Path, *, out: Path = Path("checkpoints/pretrain"), preset: str = "story", tokenizer: Optional[Path] = None,
                      steps: int = 1000, batch_size: int = 16, context_length: int = 256, lr: float = 3e-3, device: str = "auto",
-                     fsdp: bool = False, settings: list[str] = (), seed: int = 0, quiet: bool = False) -> None:
+                     fsdp: bool = False, rows: str = "aligned", masks: bool = False, settings: list[str] = (), seed: int = 0,
+                     quiet: bool = False) -> None:
     """Train a model from nothing on a pack.
 
     After Ctrl-C, the same command goes on where it was.
@@ -34,7 +37,8 @@ def pretrain_command(pack: Path, *, out: Path = Path("checkpoints/pretrain"), pr
     config = training_config(settings, steps=steps, batch_size=batch_size, context_length=context_length, lr=lr, seed=seed, device=device,
                              parallel="fsdp" if fsdp else "ddp", keep_best=True, sample_every=max(1, steps // 4))
     shape = split_settings(settings)["model"]
-    announce(out, start_pretraining(pack, tokenizer or pack.parent / "tokenizer", preset, shape, config, out, quiet), quiet)
+    known = tokenizer or pack.parent / "tokenizer"
+    announce(out, start_pretraining(pack, known, preset, shape, config, out, quiet, rows=rows, masks=masks), quiet)
 
 # %% ../nbs/98d_train_cli.ipynb #f45b574e
 def small_start(run_dir: Path, config: object, on_step: object = None) -> None:
