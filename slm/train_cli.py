@@ -16,11 +16,9 @@ from .shell import Word, app, artifact_folder, choose_checkpoint, command, write
 
 # %% ../nbs/98d_train_cli.ipynb #e11a962e
 @command(app, "pretrain", pack=Word("A pack: the folder pack/ that `slm data prepare` wrote."),
-         tokenizer=Word("The pack's tokenizer. Default: the folder tokenizer/ beside the pack."),
-         device=Word("auto (a GPU where there is one), cpu, cuda, mps."),
-         fsdp=Word("With torchrun: spread the weights over the processes, too."),
+         tokenizer=Word("Default: the folder tokenizer/ beside the pack."), device=Word("auto (a GPU where there is one), cpu, cuda, mps."),
          rows=Word("aligned (each begins a document), once (every token once an epoch), fitted (whole documents), random."),
-         masks=Word("Keep the documents of a row from looking at each other."))
+         fsdp=Word("With torchrun: spread the weights, too."), masks=Word("Keep the documents of a row from looking at each other."))
 def pretrain_command(pack: Path, *, out: Path = Path("checkpoints/pretrain"), preset: str = "story", tokenizer: Optional[Path] = None,
                      steps: int = 1000, batch_size: int = 16, context_length: int = 256, lr: float = 3e-3, device: str = "auto",
                      fsdp: bool = False, rows: str = "aligned", masks: bool = False, settings: list[str] = (), seed: int = 0,
@@ -36,8 +34,7 @@ def pretrain_command(pack: Path, *, out: Path = Path("checkpoints/pretrain"), pr
     """
     config = training_config(settings, steps=steps, batch_size=batch_size, context_length=context_length, lr=lr, seed=seed, device=device,
                              parallel="fsdp" if fsdp else "ddp", keep_best=True, sample_every=max(1, steps // 4))
-    shape = split_settings(settings)["model"]
-    known = tokenizer or pack.parent / "tokenizer"
+    shape, known = split_settings(settings)["model"], tokenizer or pack.parent / "tokenizer"
     announce(out, start_pretraining(pack, known, preset, shape, config, out, quiet, rows=rows, masks=masks), quiet)
 
 # %% ../nbs/98d_train_cli.ipynb #f45b574e
@@ -61,7 +58,7 @@ def small_start(run_dir: Path, config: object, on_step: object = None) -> None:
 
 # %% ../nbs/98d_train_cli.ipynb #bd9c1034
 @command(app, "verify-resume", pack=Word("A pack, to prove it on your own data and settings. Default: a tiny model on a few stories."),
-         tokenizer=Word("The pack's tokenizer. Default: the folder tokenizer/ beside the pack."),
+         tokenizer=Word("Default: the folder tokenizer/ beside the pack."), device=Word("auto (a GPU where there is one), cpu, cuda, mps."),
          steps=Word("Updates in each of the three runs.", "n", low=4))
 def verify_resume_command(pack: Optional[Path] = None, *, preset: str = "tiny", tokenizer: Optional[Path] = None, steps: int = 12,
                           batch_size: int = 6, context_length: int = 64, settings: list[str] = (), seed: int = 0) -> None:
