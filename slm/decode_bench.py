@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from .config import ModelConfig, SLMError, seed_everything
-from .fused import FusedReader
+from .fused import NUMBERS, FusedReader
 from .gguf_file import export_gguf
 from .hf_folder import export_hf
 from .model import TransformerLM
@@ -116,9 +116,9 @@ def llama_contender(path: Path, n: int = 40, prompt: int = 128) -> Contender:
 
 # %% ../nbs/93d_decode_bench.ipynb #43f62cd3
 def our_field(model: TransformerLM, compiled: bool = True) -> dict[str, Contender]:
-    "The plain model, and the fused step in three kinds of numbers, compiled or not."
+    "The plain model, and the fused step in four kinds of numbers, compiled or not."
     modes = ("eager", "compiled") if compiled else ("eager",)
-    pairs = [(kind, mode) for kind in ("float32", "bfloat16", "int8") for mode in modes]
+    pairs = [(kind, mode) for kind in NUMBERS for mode in modes]
     fused = {f"slm {kind}, {mode}": our_contender(model, kind, mode == "compiled") for kind, mode in pairs}
     return {"slm float32, plain": our_contender(model), **fused}
 

@@ -13,19 +13,20 @@ from torch import Tensor, nn
 
 from .attention import Attention
 from .feedforward import Experts
+from .int4 import Int4Weight, Tiles, quantize_int4
 from .int8 import Int8Weight, dynamic_linear, quantize_tensor
 from .model import TransformerLM
-from .positions import apply_rope
 from .scores import soft_cap
 from .slots import SlotCache, rectangle
 from .strategies import SampleError
 
 # %% auto #0
-__all__ = ['NUMBERS', 'stacked_int8', 'Joined', 'FusedHeads', 'FusedAttention', 'FusedFeedForward', 'FusedBlock', 'check_fusible',
-           'Tables', 'FusedLM', 'rows_to_read', 'border', 'FusedReader']
+__all__ = ['NUMBERS', 'stacked_int8', 'stacked_int4', 'Joined', 'turned', 'FusedHeads', 'FusedAttention', 'FusedFeedForward',
+           'FusedBlock', 'check_fusible', 'Tables', 'FusedLM', 'rows_to_read', 'border', 'FusedReader']
 
 # %% ../nbs/91c_fused.ipynb #941e8c35
-NUMBERS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32}      # kind of weights → type of everything else
+NUMBERS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.float32,     # kind of weights → type of everything else
+           "int4": torch.bfloat16}
 
 def stacked_int8(parts: list[nn.Module]) -> tuple[Tensor, Tensor]:
     "Whole numbers (N, K) and a scale a row (N, 1) of matrices above each other: their own where they are int8, else made here."
@@ -33,23 +34,40 @@ def stacked_int8(parts: list[nn.Module]) -> tuple[Tensor, Tensor]:
     if own: return torch.cat([p.q for p in parts]), torch.cat([p.scale for p in parts])
     return quantize_tensor(torch.cat([p.weight.detach() for p in parts]))
 
+def stacked_int4(parts: list[nn.Module]) -> Tiles:
+    "The same in nibbles, groups of 32 unless the matrices have their own."
+    groups = {2 * p.packed.shape[1] // p.scale.shape[1] if isinstance(p, Int4Weight) else None for p in parts}
+    own = len(groups) == 1 and groups <= {32, 64, 128, 256}
+    if own: return Tiles(torch.cat([p.packed for p in parts]), torch.cat([p.scale for p in parts]))
+    return Tiles(*quantize_int4(torch.cat([p.weight.detach() for p in parts])))
+
 # %% ../nbs/91c_fused.ipynb #e0ee1cd5
 class Joined(nn.Module):
-    "Matrices that read the same vector, as one: x (M, K) → (M, N), in float32, bfloat16, or int8 with rounded inputs."
+    "Matrices that read the same vector, as one: x (M, K) → (M, N), in float32, bfloat16, int8 with rounded inputs, or int4."
 
     def __init__(self, parts: list[nn.Module], kind: str):
         super().__init__()
         dtype, biases = NUMBERS[kind], [getattr(p, "bias", None) for p in parts]
         self.bias = None if biases[0] is None else torch.cat(biases).detach().to(dtype)
-        self.weight = torch.cat([p.weight.detach() for p in parts]).to(dtype) if kind != "int8" else None
+        self.weight = torch.cat([p.weight.detach() for p in parts]).to(dtype) if not kind.startswith("int") else None
+        self.tiles = stacked_int4(parts) if kind == "int4" else None
         if kind == "int8": self.q, self.scale = stacked_int8(parts)
 
     def forward(self, x: Tensor) -> Tensor:
         "x (M, K) → (M, N)."
-        y = dynamic_linear(x, self.q, self.scale) if self.weight is None else F.linear(x, self.weight)
+        if self.tiles is not None: y = self.tiles.multiply(x)
+        else: y = dynamic_linear(x, self.q, self.scale) if self.weight is None else F.linear(x, self.weight)
         return y if self.bias is None else y + self.bias
 
 # %% ../nbs/91c_fused.ipynb #bea7ae63
+def turned(x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+    "x (B, H, T, K) turned as by `apply_rope`, half by half, or left as it is; in either case written down."
+    halves = x.chunk(2, -1)
+    if rotation is None: return torch.cat(halves, -1)
+    (a, b), (c, d), (s, t) = halves, *(table.to(x.dtype).chunk(2, -1) for table in rotation)
+    return torch.cat([a * c + b * s, b * d + a * t], -1)
+
+# %% ../nbs/91c_fused.ipynb #a3947d4f
 class FusedHeads(nn.Module):
     "Queries, keys and values of one product."
 
@@ -64,7 +82,7 @@ class FusedHeads(nn.Module):
         heads = self.qkv(x.flatten(0, 1)).unflatten(0, x.shape[:2]).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
         q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], 1)
         if self.q_norm is not None: q, k = self.q_norm(q), self.k_norm(k)
-        return (q, k, v) if rotation is None else (apply_rope(q, *rotation), apply_rope(k, *rotation), v)
+        return turned(q, rotation), turned(k, rotation), v
 
 # %% ../nbs/91c_fused.ipynb #53cb311c
 class FusedAttention(FusedHeads):
@@ -173,18 +191,20 @@ def rows_to_read(texts: dict[int, list[int]], n_slots: int, chunk: int) -> tuple
     if max(lengths) == 1: return (span if len(texts) == 1 else list(range(n_slots))), True
     return span, lengths == [chunk]
 
-def border(cache: SlotCache, texts: dict[int, list[int]], stride: int) -> int:
-    "Up to which place to look: the longest text with its new tokens, in whole strides."
+def border(cache: SlotCache, texts: dict[int, list[int]], first: int | None = None) -> int:
+    "Up to which place to look: the longest text with its new tokens; or `first`, doubled until it fits."
     longest = max(len(cache.texts[slot]) + len(new) for slot, new in texts.items())
-    return min(-(-longest // stride) * stride, cache.max_length)
+    if first is None: return longest
+    while first < longest: first *= 2
+    return min(first, cache.max_length)
 
 # %% ../nbs/91c_fused.ipynb #13274e6e
 class FusedReader:
     "Reads slots with a `FusedLM`, called as `read_slots` is. With `compiled`, the shapes that occur most are compiled when first met."
 
-    def __init__(self, model: TransformerLM, kind: str = "int8", compiled: bool = False, chunk: int = 128, stride: int = 256):
-        self.lm, self.chunk, self.stride = FusedLM(model, kind), chunk, stride
-        self.step = torch.compile(self.lm, dynamic=False) if compiled else None
+    def __init__(self, model: TransformerLM, kind: str = "int8", compiled: bool = False, chunk: int = 128, first: int = 64):
+        self.lm, self.chunk, self.first = FusedLM(model, kind), chunk, first
+        self.step = torch.compile(self.lm, dynamic=False, options={"pattern_matcher": False}) if compiled else None
         if compiled: torch._dynamo.config.recompile_limit = 64        # all readers share one count of shapes, and past it none is compiled
 
     @torch.inference_mode()
@@ -196,6 +216,6 @@ class FusedReader:
         last = None if every else torch.tensor([max(len(texts.get(s, [])) - 1, 0) for s in slots])
         inputs = [t if t is None else t.to(cache.keys[0].device) for t in (ids, places, last)]
         stores = ([k[slots[0]:slots[-1] + 1] for k in block] for block in (cache.keys, cache.values))        # views, no copies
-        logits = (self.step if known else self.lm)(*inputs, border(cache, texts, self.stride if known else 1), *stores)
+        logits = (self.step if known else self.lm)(*inputs, border(cache, texts, self.first if known else None), *stores)
         for slot, new in texts.items(): cache.texts[slot] += new
         return logits[[slots.index(slot) for slot in texts]].cpu()

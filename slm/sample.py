@@ -25,7 +25,7 @@ from .ground import pick_device
 from .interop import export_model, format_of, import_model
 from .loss import bits_per_byte
 from .model import TransformerLM, count_parameters
-from .quantize import is_int8, open_model, quantize_model, save_model, size_bytes
+from .quantize import open_model, quantize_model, save_model, size_bytes, weight_kind
 from .strategies import SampleError, Sampling
 from .tokenizer import Tokenizer, load_tokenizer, render_chat
 
@@ -111,8 +111,8 @@ class Writer:
         self.reader: FusedReader | None = None              # how engines read: None, with the plain model
 
     def __repr__(self) -> str:
-        c, kind = self.model.config, "int8" if is_int8(self.model) else "float"
-        return (f"LM({count_parameters(c)['total']:,} parameters, {kind}, {size_bytes(self.model) / 1e6:.1f} MB, "
+        c = self.model.config
+        return (f"LM({count_parameters(c)['total']:,} parameters, {weight_kind(self.model)}, {size_bytes(self.model) / 1e6:.1f} MB, "
                 f"vocabulary {self.tokenizer.vocab_size}, context {c.context_length})")
 
     def pieces(self, ids: list[int], sampling: Sampling, constraint: object = None) -> Iterator[str]:
@@ -205,14 +205,13 @@ class LM(Keeper):
         return bits_per_byte(self.model, [ids], n_bytes)["bits_per_byte"]
 
     def compile(self, kind: str = "int8", compiled: bool = True) -> LM:
-        "Itself; engines made of it (93a) read with a fused step in float32, bfloat16 or int8, compiled when its shapes are first met."
+        "Itself; engines made of it (93a) read with a fused step in float32, bfloat16, int8 or int4, compiled when first needed."
         self.reader = FusedReader(self.model, kind, compiled)
         return self
 
     def quantize(self, kind: str = "int8", group_size: int | None = None) -> LM:
-        "A copy with every matrix in eight bits; this one stays as it is."
-        if kind != "int8": raise SampleError(f"unknown quantisation {kind!r}: int8 is the one there is")
-        return LM(quantize_model(self.model, group_size=group_size), self.tokenizer, self.state, self.parents)
+        "A copy with every matrix in int8 (a scale a row) or int4 (a scale for 32 weights). Raises `QuantizeError`."
+        return LM(quantize_model(self.model, kind, group_size=group_size), self.tokenizer, self.state, self.parents)
 
 # %% ../nbs/92_sample.ipynb #162316df
 def named_by(latest: Path) -> Path:
@@ -248,7 +247,7 @@ def load_foreign(path: str | Path, device: str = "cpu") -> LM:
 
 # %% ../nbs/92_sample.ipynb #f766167a
 def load(path: str | Path, device: str = "cpu") -> LM:
-    "The `LM` of a model folder, training run, `slm run` folder, Hugging Face folder or GGUF file, float or int8. Raises `SLMError`."
+    "The `LM` of a model folder, training run, `slm run` folder, Hugging Face folder or GGUF file, float or quantised. Raises `SLMError`."
     if format_of(path): return load_foreign(path, device)
     found = find_checkpoint(path)
     model, saved = open_model(found)

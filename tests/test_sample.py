@@ -11,9 +11,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from slm.config import ModelConfig, SLMError
+from slm.int4 import INT4_KERNELS, dequantize_int4, quantize_int4
 from slm.int8 import INT8_KERNELS, dequantize_tensor, quantize_tensor
 from slm.model import TransformerLM
-from slm.quantize import int8_from_state, is_int8, open_model, quantize_model, save_model, size_bytes, use_int8_kernel
+from slm.quantize import open_model, quantize_model, quantized_from_state, save_model, size_bytes, use_kernel, weight_kind
 from slm.sample import (
     LM,
     Past,
@@ -384,11 +385,11 @@ def test_rounding_moves_no_weight_by_more_than_half_a_step(rows, group, groups, 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("group_size", [None, 8])
-def test_int8_save_load_is_bit_exact(shape, group_size, tmp_path):
-    model = quantize_model(babbler(**SHAPES[shape]), group_size=group_size)
-    again, saved = open_model(save_model(tmp_path / "int8", model))
-    assert is_int8(again) and saved.state["quantization"] == "int8"
+@pytest.mark.parametrize(("kind", "group_size"), [("int8", None), ("int8", 8), ("int4", None), ("int4", 12)])
+def test_quantised_save_load_is_bit_exact(shape, kind, group_size, tmp_path):
+    model = quantize_model(babbler(**SHAPES[shape]), kind, group_size=group_size)
+    again, saved = open_model(save_model(tmp_path / kind, model))
+    assert weight_kind(again) == saved.state["quantization"] == kind
     read = again.state_dict()
     assert all(torch.equal(t, read[name]) and t.dtype == read[name].dtype for name, t in model.state_dict().items())
     prompts = random_prompts(3, 96, 20)
@@ -399,15 +400,44 @@ def test_int8_save_load_is_bit_exact(shape, group_size, tmp_path):
 def test_int8_batch_writes_what_its_naive_loop_writes(shape):
     model, prompts = quantize_model(babbler(**SHAPES[shape])), random_prompts(5, 96, 30)
     for kernel in ("naive", "scaled"):
-        use_int8_kernel(model, kernel)
+        use_kernel(model, kernel)
         naive = [generate_naive(model, p, HOW["plain"], (0,), seed=i) for i, p in enumerate(prompts)]
         assert generate_ids(model, prompts, HOW["plain"], (0,)) == naive, kernel
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_int4_batch_writes_what_its_naive_loop_writes(shape):
+    model, prompts = quantize_model(babbler(**SHAPES[shape]), "int4"), random_prompts(5, 96, 30)
+    naive = [generate_naive(model, p, HOW["plain"], (0,), seed=i) for i, p in enumerate(prompts)]
+    assert generate_ids(model, prompts, HOW["plain"], (0,)) == naive
+
+
+@given(st.integers(1, 20), st.integers(1, 70), st.sampled_from([2, 8, 32]), st.integers(0, 1000))
+@settings(max_examples=100, deadline=None)
+def test_int4_is_the_grid_of_fifteen_places(rows, k, group, seed):
+    """Against the definition, weight by weight: the nearest of the scale's multiples −7 … 7."""
+    w = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed)) * torch.logspace(-6, 3, rows)[:, None]
+    packed, scale = quantize_int4(w, group)
+    near, places = dequantize_int4(packed, scale, k), torch.arange(-7, 8)
+    assert packed.dtype == torch.uint8 and packed.shape == (rows, scale.shape[1] * group // 2)
+    grid = scale.float().repeat_interleave(group, 1)[:, :k, None] * places
+    assert torch.equal((near - w).abs(), (grid - w[..., None]).abs().amin(-1))
+
+
+def test_int4_never_holds_a_float_copy_and_its_fast_product_agrees():
+    model, ids = babbler(vocab_size=512, d_model=128), torch.arange(40)[None]
+    int4 = quantize_model(model, "int4")
+    assert size_bytes(int4) < 0.16 * size_bytes(model)
+    assert not any(t.dtype == torch.float32 and t.dim() == 2 for t in int4.state_dict().values())
+    with torch.inference_mode():
+        naive, tiled = (use_kernel(int4, kernel)(ids) for kernel in INT4_KERNELS)
+    assert 0 < (tiled - naive).norm() < 0.02 * naive.norm()
 
 
 def test_int8_kernels_agree():
     model, ids = quantize_model(babbler()), torch.arange(40)[None]
     with torch.inference_mode():
-        found = {kernel: use_int8_kernel(model, kernel)(ids) for kernel in INT8_KERNELS}
+        found = {kernel: use_kernel(model, kernel)(ids) for kernel in INT8_KERNELS}
     assert torch.allclose(found["scaled"], found["naive"], atol=1e-4)
     assert 0 < (found["dynamic"] - found["naive"]).norm() < 0.03 * found["naive"].norm()
 
@@ -483,4 +513,4 @@ def test_weights_of_another_model_are_refused(lm, tmp_path):
         tensors = dict(saved.model)
         change(tensors)
         with pytest.raises(SLMError, match="embed.q|extra"):
-            int8_from_state(saved.state["model_config"], tensors)
+            quantized_from_state(saved.state["model_config"], tensors)

@@ -9,6 +9,7 @@ from slm.config import ModelConfig
 from slm.decode import generate_naive
 from slm.fused import NUMBERS, FusedReader
 from slm.model import TransformerLM
+from slm.quantize import quantize_model
 from slm.slots import SlotCache, read_slots
 from slm.speculate import DraftModel, Lookup, Speculator, draw, verify
 from slm.strategies import Sampling
@@ -58,19 +59,23 @@ SHAPES = {"llama": dict(n_kv_head=1), "gpt": dict(position="learned", norm="laye
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_fused_step_gives_the_scores_of_the_plain_model(shape, kind):
     model, draws = babbler(**SHAPES[shape]), np.random.default_rng(0)
+    if kind == "int4":
+        model = quantize_model(model, kind)                  # its own whole numbers, through torch's product in bfloat16
     reader, caches = FusedReader(model, kind), [SlotCache(model, 3), SlotCache(model, 3)]
     for _ in range(8):
         pieces = {int(s): draws.integers(0, 12, int(draws.integers(1, 5))).tolist() for s in draws.permutation(3)[:draws.integers(1, 4)]}
         fused, plain = reader(caches[0], pieces), read_slots(model, caches[1], pieces)
         error = (fused.softmax(-1) - plain.softmax(-1)).abs().max()
-        assert error < {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.1}[kind]
+        assert error < {"float32": 1e-4, "bfloat16": 0.1, "int8": 0.1, "int4": 0.1}[kind]
     assert caches[0].texts == caches[1].texts
 
 
 @pytest.mark.slow
 def test_the_compiled_step_gives_the_scores_of_the_eager_one():
+    """In every kind of numbers. Where inputs are rounded, a last digit may turn into a whole step: so probabilities, and looser."""
     model = babbler()
-    readers, caches = [FusedReader(model, "float32", compiled) for compiled in (False, True)], [SlotCache(model, 2), SlotCache(model, 2)]
-    for pieces in ({0: [1, 2, 3]}, {0: [4]}, {0: [5], 1: [6]}, {1: [7]}):
-        eager, compiled = (reader(cache, pieces) for reader, cache in zip(readers, caches, strict=True))
-        assert torch.allclose(eager, compiled, atol=1e-4)
+    for kind, most in {"float32": 1e-5, "bfloat16": 0.05, "int8": 0.02, "int4": 0.05}.items():
+        readers, caches = [FusedReader(model, kind, compiled) for compiled in (False, True)], [SlotCache(model, 2), SlotCache(model, 2)]
+        for pieces in ({0: [1, 2, 3]}, {0: [4]}, {0: [5], 1: [6]}, {1: [7]}):
+            eager, compiled = (reader(cache, pieces) for reader, cache in zip(readers, caches, strict=True))
+            assert (eager.softmax(-1) - compiled.softmax(-1)).abs().max() < most, kind
