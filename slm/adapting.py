@@ -13,16 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .artifacts import artifact_id, latest_checkpoint, read_json, save_checkpoint
+from .artifacts import artifact_id, latest_checkpoint, read_json, save_checkpoint, write_json
 from .chats import ChatError
 from .config import to_dict
 from .lora import LoRAConfig, add_lora, merge_lora, save_adapter
 from .optim import TrainConfig
 from .pretrain import train
-from .steps import LOG
+from .steps import LOG, read_log
 
 # %% auto #0
-__all__ = ['neftune_noise', 'noisy_embeddings', 'check_kept', 'finish_lora', 'fine_tune']
+__all__ = ['HEALTH', 'neftune_noise', 'noisy_embeddings', 'check_kept', 'pulse', 'unmoved_share', 'rounding_fault',
+           'report_health', 'finish_lora', 'watched', 'fine_tune']
 
 # %% ../nbs/60c_adapting.ipynb #bb5f078c
 def neftune_noise(embedded: Tensor, alpha: float) -> Tensor:
@@ -52,6 +53,41 @@ def check_kept(run_dir: str | Path, settings: dict[str, object], error: type[Cha
             raise error(f"{run_dir} holds a run with {name} = {before.get(name)}, and this one has {value}: "
                         "use another folder, or the same settings")
 
+# %% ../nbs/60c_adapting.ipynb #1a50739d
+def pulse(model: nn.Module, n: int = 4096) -> dict[str, Tensor]:
+    "Copies of at most `n` numbers, evenly spread, of every matrix that is trained, embeddings and the head left out."
+    kept = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dim() > 1 and not name.startswith(("embed", "head")):
+            flat = getattr(p, "full_tensor", lambda p=p: p)().detach().flatten()
+            kept[name] = flat[::max(1, len(flat) // n)][:n].clone()
+    return kept
+
+
+def unmoved_share(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    "Share of the numbers in `before` that are exactly the same in `after`; 0 when there are none."
+    same = sum(int((after[name] == t).sum()) for name, t in before.items())
+    return same / max(1, sum(t.numel() for t in before.values()))
+
+# %% ../nbs/60c_adapting.ipynb #dac98d7e
+def rounding_fault(unmoved: float | None) -> list[str]:
+    "A sentence when most of the weights did not move at all, else nothing. The share is that of `unmoved_share`."
+    if unmoved is None or unmoved <= 0.5:
+        return []
+    return [f"unhealthy: the learning rate is too small for the number format: {unmoved:.0%} of the weights did not move at all; "
+            "keep the weights in float32, or raise the rate"]
+
+# %% ../nbs/60c_adapting.ipynb #de5a439d
+HEALTH = "health.json"
+
+
+def report_health(run_dir: str | Path, sentences: list[str], title: str, quiet: bool = False) -> list[str]:
+    "Keep the sentences about a run in `run_dir/health.json`, and say them unless `quiet`. Returns them."
+    write_json(Path(run_dir) / HEALTH, {"sentences": sentences})
+    if not quiet:
+        print(*(f"{title}: {sentence}" for sentence in sentences), sep="\n")
+    return sentences
+
 # %% ../nbs/60c_adapting.ipynb #0192d8f1
 def finish_lora(run_dir: Path, model: nn.Module, state: dict, config: TrainConfig, parents: dict, files: dict) -> Path:
     "Write `run_dir/adapter` and the merged model as `run_dir/step-…`, with the log; returns the checkpoint."
@@ -62,22 +98,33 @@ def finish_lora(run_dir: Path, model: nn.Module, state: dict, config: TrainConfi
     return save_checkpoint(run_dir, config.steps, merge_lora(model).state_dict(), {}, state, parents=parents, files=files)
 
 # %% ../nbs/60c_adapting.ipynb #06338083
+def watched(model: nn.Module, run_dir: Path, found: list[str], examine: Callable, loop: Callable, title: str, quiet: bool) -> dict:
+    "The summary of `loop()` and its `health`: what was `found` before, what `examine(log)` says after it, and whether weights moved."
+    ill = [sentence for sentence in found if not sentence.startswith("healthy")]
+    if ill and not quiet:
+        print(*ill, sep="\n")
+    before, done = pulse(model), loop()
+    said = [*found, *examine(read_log(Path(done["checkpoint"]).parent)), *rounding_fault(unmoved_share(before, pulse(model)))]
+    return done | {"health": report_health(run_dir, said, title, quiet)}
+
+# %% ../nbs/60c_adapting.ipynb #6cdffab5
 def fine_tune(
     model: nn.Module, batch_at: Callable, loss_fn: Callable, config: TrainConfig, run_dir: str | Path, *,
-    lora: LoRAConfig | None = None,  # None: train every weight
-    neftune: float = 0.0,  # alpha of the noise on embeddings
+    lora: LoRAConfig | None = None, neftune: float = 0.0,  # None: train every weight; alpha of the noise on embeddings
     settings: dict | None = None,  # of the loss: kept in the checkpoint, and compared when a run goes on
-    parents: dict[str, str] | None = None, files: dict[str, Path] | None = None, **more: object,  # as in train()
+    found: list[str] = (), examine: Callable[[list[dict]], list[str]] = lambda log: [],  # health: of the data, and of the log
+    parents: dict[str, str] | None = None, files: dict | None = None, title: str = "fine-tuning", quiet: bool = False, **more: object,
 ) -> dict:
-    "`train` for a finished model: full or LoRA (merged at the end), with or without noise. Returns train()'s summary. Raises ChatError."
-    run_dir, parents, files = Path(run_dir), parents or {}, files or {}
+    """`train` for a finished model: full or LoRA (merged at the end), with or without noise; `more` as in train(). Returns train()'s
+    summary, and with it `health`, the sentences that are kept in `run_dir/health.json`. Raises ChatError."""
+    run_dir, more = Path(run_dir), {"parents": parents or {}, "files": files or {}, "title": title, "quiet": quiet, **more}
     settings = {"lora": None if lora is None else to_dict(lora), "neftune": neftune, **(settings or {})}
     loop_dir = run_dir if lora is None else run_dir / "adapting"
     check_kept(loop_dir, settings)
     if lora is not None:
         add_lora(model, lora)
     with noisy_embeddings(model, neftune):
-        done = train(model, batch_at, loss_fn, config, loop_dir, parents=parents, files=files, state_extra={"settings": settings}, **more)
-    if lora is None:
-        return done
-    return done | {"checkpoint": str(finish_lora(run_dir, model, {"settings": settings}, config, parents, files))}
+        loop = lambda: train(model, batch_at, loss_fn, config, loop_dir, state_extra={"settings": settings}, **more)
+        done = watched(model, run_dir, list(found), examine, loop, title, quiet)
+    merged = lora and finish_lora(run_dir, model, {"settings": settings}, config, more["parents"], more["files"])
+    return done | ({"checkpoint": str(merged)} if merged else {})

@@ -16,7 +16,8 @@ from .loss import pad_windows
 from .sample import LM
 
 # %% auto #0
-__all__ = ['FORMS', 'Question', 'question_of', 'pair_ids', 'score_pairs', 'marks', 'centred', 'figures', 'answer_questions']
+__all__ = ['FORMS', 'CHUNK', 'Question', 'question_of', 'pair_ids', 'score_pairs', 'marks', 'centred', 'figures',
+           'answer_questions']
 
 # %% ../nbs/94c_benchmarks.ipynb #32b7c85a
 @dataclass(frozen=True)
@@ -116,12 +117,17 @@ def figures(questions: list[Question], graded: list[dict]) -> dict:
         if len(values) < n: continue
         mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
         found |= {name: mean, f"{name}_stderr": error, f"{name}_centred": centred(mean, found["random"])}
-    if all("nats" in g for g in graded): found["perplexity"] = math.exp(-statistics.fmean(g["nats"] for g in graded))
+    if all("nats" in g for g in graded): found["perplexity"] = math.exp(-sum(g["nats"] for g in graded) / n)
     return found
 
 # %% ../nbs/94c_benchmarks.ipynb #19c5e37b
+CHUNK = 512                  # questions that are sorted and scored together
+
 def answer_questions(lm: LM, questions: list[Question], batch_size: int = 16, prefix: bool = True) -> list[dict]:
     "The marks of each question. `prefix`: an end-of-text mark opens every context, as in training."
-    pairs = [pair_ids(lm, *pair, prefix) for q in questions for pair in q.pairs]
-    scores = iter(score_pairs(lm, pairs, batch_size))
-    return [marks(q, [next(scores) for _ in q.pairs]) for q in questions]
+    graded = []
+    for start in range(0, len(questions), CHUNK):
+        group = questions[start:start + CHUNK]
+        scores = iter(score_pairs(lm, [pair_ids(lm, *pair, prefix) for q in group for pair in q.pairs], batch_size))
+        graded += [marks(q, [next(scores) for _ in q.pairs]) for q in group]
+    return graded

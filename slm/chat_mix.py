@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from .chats import ChatError, load_chats
+from .chats import ChatError, Rows, load_chats
 from .config import rng
 
 # %% auto #0
@@ -51,22 +51,26 @@ def parse_mixture(text: str) -> dict[str, float]:
     return shares
 
 # %% ../nbs/60b_chat_mix.ipynb #75d9b43f
-def walk(rows: list, n: int, *key: object) -> list:
-    "`n` rows of a list: one keyed permutation after another."
-    order = [i for epoch in range(math.ceil(n / max(1, len(rows)))) for i in rng("mixture", *key, epoch).permutation(len(rows))]
-    return [rows[i] for i in order[:n]]
+def walk(rows: Rows, n: int, *key: object) -> Rows:
+    "`n` rows, with their names: one keyed permutation after another."
+    order = [i for epoch in range(math.ceil(n / max(1, len(rows)))) for i in rng("mixture", *key, epoch).permutation(len(rows))][:n]
+    return Rows([rows[i] for i in order], [rows.names[i] for i in order])
 
 # %% ../nbs/60b_chat_mix.ipynb #1112ec68
 def mix_chats(
     shares: dict[str | Path, float],  # a file or hub data set → its weight
-    n: int | None = None,  # conversations wanted; None: as many as there are without repeating one
+    n: int | None = None,  # rows wanted; None: as many as there are without repeating one
     seed: int = 0, on_bad: str = "raise",
-) -> tuple[list[list[dict]], list[dict]]:
-    "(conversations in mixed order, a row for each source: name, share, rows, taken, times). Raises ChatError naming source and row."
-    sources = {name: load_chats(name, on_bad) for name in shares}
+    load: Callable = load_chats,  # load_pairs mixes preference pairs
+) -> tuple[Rows, list[dict]]:
+    "(rows in mixed order, a line for each source: name, share, rows, bad, taken, times). Raises ChatError naming source and line."
+    sources = {name: load(name, on_bad) for name in shares}
     n = largest_mixture(list(shares.values()), [len(rows) for rows in sources.values()]) if n is None else n
     taken = dict(zip(shares, share_counts(shares.values(), n), strict=True))
-    chats = [chat for name, count in taken.items() for chat in walk(sources[name], count, seed, Path(name).name)]
-    report = [{"source": Path(name).name, "share": taken[name] / max(1, n), "rows": len(rows), "taken": taken[name],
-               "times": taken[name] / len(rows)} for name, rows in sources.items()]
-    return walk(chats, len(chats), seed, "all"), report
+    parts = [walk(sources[name], count, seed, Path(name).name) for name, count in taken.items()]
+    mixed = Rows([row for part in parts for row in part], [name for part in parts for name in part.names])
+    report = [{"source": Path(name).name, "share": taken[name] / max(1, n), "rows": len(rows), "bad": len(rows.left_out),
+               "taken": taken[name], "times": taken[name] / len(rows)} for name, rows in sources.items()]
+    mixed = walk(mixed, len(mixed), seed, "all")
+    mixed.left_out = [sentence for rows in sources.values() for sentence in rows.left_out]
+    return mixed, report

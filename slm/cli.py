@@ -23,14 +23,13 @@ import slm.serve_cli  # noqa: F401
 import slm.train_cli  # noqa: F401
 from .shell import STOPPED, Word, app, command, duration, write
 
-
 # %% ../nbs/98z_cli.ipynb #a7a2a9b9
-@command(app, "run", preset=Word("story (about 10 minutes on 2 CPU cores) or tiny (under a minute).", "p"),
+@command(app, "run", preset=Word("story or text (ten minutes on 2 CPU cores), tiny (under a minute). Default: by the corpus.", "p"),
          name=Word("Name of the run. Default: made from the preset and the corpus."),
          corpus=Word("What to learn from: storyworld, a file, a folder, or owner/name of a data set.", "c"),
          minutes=Word("Time to spend; every budget is scaled to it. Default: the preset's.", "m"),
          redo=Word("Redo a stage and what depends on it: corpus tokenizer pack pretrain sft dpo int8 report.", shown="STAGE"))
-def run_command(name: Optional[str] = None, *, preset: str = "story", corpus: str = "storyworld", minutes: Optional[float] = None,
+def run_command(name: Optional[str] = None, *, preset: Optional[str] = None, corpus: str = "storyworld", minutes: Optional[float] = None,
                 redo: list[str] = (), out: Path = Path("checkpoints"), seed: int = 0,
                 vocab_size: Optional[int] = None, quiet: bool = False) -> None:
     """The whole story: from text to a model that answers.

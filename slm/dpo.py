@@ -6,61 +6,70 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import nn
+from torch import Tensor, nn
 
 from .adapting import check_kept, fine_tune
 from .artifacts import artifact_id
+from .dpo_health import diagnose as diagnose
+from .dpo_health import inspect_pairs
 from .lora import LoRAConfig
 from .optim import TrainConfig
 from .preference_loss import DPOError
 from .preference_loss import dpo_objective as dpo_objective
 from .preference_loss import dpo_loss as dpo_loss  # part of this chapter's front door
-from .preferences import PreferenceData, build_preferences, load_preferences, pair_rows, save_preferences, with_reference
+from .preferences import PreferenceData, load_preferences, pair_rows, save_preferences, with_reference
+from .preferences import build_preferences as build_preferences
 from .preferences import reference_logprobs as reference_logprobs
 from .preference_variants import by_base, by_copy, frozen_copy, preference_objective, with_live_reference
 from .pretrain import read_log
 from .sft import load_base
 from .steps import autocast
+from .tokenizer import load_tokenizer
 
 # %% auto #0
-__all__ = ['DPO_PANELS', 'FACTS', 'BANDS', 'evaluate_preferences', 'prepared', 'live_objective', 'held_out_metrics', 'dpo',
-           'draw_column', 'plot_dpo', 'broken_run', 'log_facts', 'Band', 'pair_faults', 'inspect_pairs', 'diagnose']
+__all__ = ['DPO_PANELS', 'in_order', 'evaluate_preferences', 'with_earlier', 'prepared', 'live_objective', 'held_out_metrics',
+           'dpo', 'draw_column', 'plot_dpo']
 
 # %% ../nbs/72_dpo.ipynb #e93a7b1a
+def in_order(data: PreferenceData, size: int) -> Iterator[dict[str, Tensor]]:
+    "All pairs, `size` at a time, as they stand."
+    for start in range(0, len(data), size):
+        yield pair_rows(data, range(start, min(start + size, len(data))))
+
+
 @torch.no_grad()
 def evaluate_preferences(
     model: nn.Module, data: PreferenceData, objective: Callable, config: TrainConfig | None = None
 ) -> dict[str, float]:
     "Means over all pairs of `data`, which must carry its reference: val_loss, val_accuracy, val_margin and the other metrics."
-    config, device, sums = config or TrainConfig(), next(model.parameters()).device, {}
-    for start in range(0, len(data), config.batch_size):
-        batch = {k: t.to(device) for k, t in pair_rows(data, range(start, min(start + config.batch_size, len(data)))).items()}
+    config, device, sums = config or TrainConfig(), next(model.parameters()).device, Counter()
+    for batch in in_order(data, config.batch_size):
         with autocast(config, device):
-            loss, _, metrics = objective(model, batch)
-        for name, value in ({"loss": loss.item()} | metrics).items():
-            sums[name] = sums.get(name, 0.0) + value
+            loss, _, metrics = objective(model, {name: t.to(device) for name, t in batch.items()})
+        sums.update({"loss": loss.item()} | metrics)
     return {f"val_{name}": value / len(data) for name, value in sums.items()}
 
 # %% ../nbs/72_dpo.ipynb #f3dd3c59
+def with_earlier(data: PreferenceData, stored: Path, base_id: str) -> PreferenceData:
+    "The same pairs with the reference that a run begun before has left in `stored`, if it is that of this base; else as they are."
+    earlier = load_preferences(stored) if data.reference is None and stored.is_dir() else data
+    return earlier if (earlier.id, earlier.reference_id) == (data.id, base_id) else data
+
+
 def prepared(data: PreferenceData, model: nn.Module, base_id: str, run_dir: str | Path, config: TrainConfig) -> PreferenceData:
     "The pairs with the reference of this base: as given, as `run_dir/preferences` has it, or computed now. Left in that folder."
-    stored = Path(run_dir) / "preferences"
-    if data.reference is None and stored.is_dir():
-        earlier = load_preferences(stored)
-        data = earlier if (earlier.id, earlier.reference_id) == (data.id, base_id) else data
-    if data.reference is None:
-        data = with_reference(data, model, base_id, config)
+    data = with_earlier(data, Path(run_dir) / "preferences", base_id)
+    data = with_reference(data, model, base_id, config) if data.reference is None else data
     if data.reference_id != base_id:
         raise DPOError(f"the reference of these pairs is model {data.reference_id[:12]}, but training starts from {base_id[:12]}: "
                        "build the pairs again")
-    save_preferences(data, stored)
+    save_preferences(data, Path(run_dir) / "preferences")
     return data
 
 # %% ../nbs/72_dpo.ipynb #b5f42cac
@@ -84,34 +93,25 @@ def held_out_metrics(
 
 # %% ../nbs/72_dpo.ipynb #e58da545
 def dpo(
-    base_path: str | Path,  # a step folder or a run folder, usually of SFT: the start and the reference
-    data: PreferenceData | str | Path,
-    config: TrainConfig,
-    run_dir: str | Path,
-    *,
-    loss: str = "dpo",  # or ipo, simpo, orpo
-    beta: float = 0.1,  # how firmly the reference is held on to: larger is closer to it
-    label_smoothing: float = 0.0,
-    sft_weight: float = 0.0,  # weight of the chosen answer's mean negative log-likelihood
-    gamma: float = 0.5,  # SimPO's margin
+    base_path: str | Path, data: PreferenceData | str | Path,  # a step or run folder, usually of SFT: the start and the reference
+    config: TrainConfig, run_dir: str | Path, *,
+    loss: str = "dpo", beta: float = 0.1, gamma: float = 0.5,  # or ipo, simpo, orpo; larger beta: closer to the reference; SimPO's margin
+    label_smoothing: float = 0.0, sft_weight: float = 0.0,  # share of wrong labels; weight of the chosen answer's mean −ln p
     reference: str = "stored",  # where it lives: stored, copy, or base (LoRA with its adapter off)
-    lora: LoRAConfig | None = None, neftune: float = 0.0,
-    held_out: PreferenceData | None = None,  # its metrics are logged as val_…
-    sample: Callable | None = None,  # as in train()
-    quiet: bool = False,
+    held_out: PreferenceData | None = None, lora: LoRAConfig | None = None, **more: object,  # logged as val_…; more: as in fine_tune()
 ) -> dict:
-    "Train on preference pairs, from the base and against it; resumes by itself. Returns train()'s summary. Raises DPOError."
+    "Train on preference pairs, from the base and against it; resumes by itself. Returns fine_tune()'s summary. Raises DPOError."
     settings = {"loss": loss, "beta": beta, "label_smoothing": label_smoothing, "sft_weight": sft_weight, "gamma": gamma}
     objective, data = preference_objective(**settings), load_preferences(data) if isinstance(data, (str, Path)) else data
     check_kept(run_dir, settings, DPOError)
     model, checkpoint = load_base(base_path, data.tokenizer_hash, int(data.lengths.max()), DPOError)
-    base_id = artifact_id(checkpoint.path)
+    base_id, tokenizer = artifact_id(checkpoint.path), Path(checkpoint.path) / "tokenizer.json"
     data, train_on = prepared(data, model, base_id, run_dir, config), live_objective(objective, model, reference, lora)
+    parents = {"base": base_id, "data": artifact_id(Path(run_dir) / "preferences"), "tokenizer": data.tokenizer_hash}
     return fine_tune(
-        model, lambda step: data.batch(config.seed, step, config.batch_size), train_on, config, run_dir, lora=lora, neftune=neftune,
-        settings=settings, sample=sample, evaluate=held_out_metrics(held_out, model, base_id, objective, config),
-        parents={"base": base_id, "data": artifact_id(Path(run_dir) / "preferences"), "tokenizer": data.tokenizer_hash},
-        files={"tokenizer.json": Path(checkpoint.path) / "tokenizer.json"}, title="dpo", quiet=quiet)
+        model, lambda step: data.batch(config.seed, step, config.batch_size), train_on, config, run_dir, settings=settings, lora=lora,
+        found=inspect_pairs(data, load_tokenizer(tokenizer)), examine=diagnose, parents=parents, files={"tokenizer.json": tokenizer},
+        evaluate=held_out_metrics(held_out, model, base_id, objective, config), **{"title": "dpo", **more})
 
 # %% ../nbs/72_dpo.ipynb #7881b6dd
 DPO_PANELS = (  # title, lines drawn, the value at the start
@@ -141,94 +141,3 @@ def plot_dpo(run_dir: str | Path) -> Figure:
         ax.set_xlabel("step")
         ax.legend(fontsize=7, frameon=False)
     return fig
-
-# %% ../nbs/72_dpo.ipynb #43f1e7f1
-def broken_run(log: list[dict]) -> str | None:
-    "The sentence for a log whose numbers cannot mean anything, or None."
-    if not log:
-        return "no step has a finite loss: the learning rate is far too high, or the base was damaged before"
-    if any(record["answer_tokens"] == 0 for record in log):
-        return "empty mask: the answers have no token with a label, so every ln p is 0 and the loss is ln 2 for ever; look at show_mask"
-    if any(record["margin"] != 0 for record in log):
-        return None
-    if all(record["logp_chosen"] == record["logp_rejected"] for record in log):
-        return "chosen and rejected are the same tokens in every pair, so there is nothing to learn: look for a column that was copied"
-    return "the reference is the policy itself: every margin is exactly 0 whatever is learned; compute the reference once, before training"
-
-# %% ../nbs/72_dpo.ipynb #a5df4212
-FACTS = ("dpo_loss", "accuracy", "margin", "change_chosen", "drift", "answer_tokens")
-
-
-def log_facts(log: list[dict]) -> dict[str, float]:
-    "What is judged: means over the last quarter of the records, the loss of the first, and the fall of ln π(chosen) in nats a token."
-    tail = log[-max(1, len(log) // 4):]
-    facts = {name: float(np.mean([record[name] for record in tail])) for name in FACTS}
-    return facts | {"first_loss": log[0]["dpo_loss"], "chosen_fall": -facts["change_chosen"] / max(1.0, facts["answer_tokens"])}
-
-# %% ../nbs/72_dpo.ipynb #30e61e45
-@dataclass(frozen=True)
-class Band:
-    "A fact of the log, the range in which a run is healthy, and what it means to lie below or above."
-
-    fact: str
-    name: str
-    low: float
-    high: float
-    below: str = ""
-    above: str = ""
-
-    def judge(self, value: float) -> str:
-        "One sentence that begins with 'healthy' or 'unhealthy'."
-        if value < self.low:
-            return f"unhealthy: {self.name} is {value:.3g}, below {self.low:g}: {self.below}"
-        if value > self.high:
-            return f"unhealthy: {self.name} is {value:.3g}, above {self.high:g}: {self.above}"
-        band = f"at most {self.high:g}" if self.low == -math.inf else f"inside {self.low:g} to {self.high:g}"
-        return f"healthy: {self.name} is {value:.3g}, {band}"
-
-# %% ../nbs/72_dpo.ipynb #d51f6b7c
-_FIRST = "it must be ln 2 = 0.693, because the policy starts as the reference; the reference is another model, or was computed differently"
-BANDS = (
-    Band("first_loss", "the first loss", 0.6, 0.8, _FIRST, _FIRST),
-    Band("drift", "the drift in nats a token", 0.002, 0.5,
-         "the policy has hardly moved; raise the learning rate or train longer, and keep the weights in float32",
-         "the policy is far from the reference, and its texts will show it; lower the learning rate, train shorter or raise beta"),
-    Band("dpo_loss", "the loss", 0.0, 0.66, above="it is stuck near ln 2 = 0.693, or worse: what one batch teaches does not help the next"),
-    Band("accuracy", "the accuracy", 0.6, 1.0,
-         "the policy cannot tell the better answer; is the choice noise, or swapped in half of the pairs?"),
-    Band("margin", "the margin", 0.0, 8.0, "the worse answer wins",
-         "margins explode; the loss is flat out here and only the distance grows; stop earlier or lower the learning rate"),
-    Band("chosen_fall", "the fall of ln p(chosen) in nats a token", -math.inf, 0.1, "",
-         "the better answer itself becomes unlikely; lower the learning rate, or set sft_weight"),
-)
-
-# %% ../nbs/72_dpo.ipynb #4dd0bfe1
-def pair_faults(data: PreferenceData) -> dict[str, int]:
-    "How many pairs have an empty answer, the same answer twice, or an opposite elsewhere in the data."
-    answers = [[row[start:n].tobytes() for row, n in zip(pair, ns)] for pair, ns, start in zip(data.ids, data.lengths, data.answer_start)]
-    prompts = [pair[0, :start].tobytes() for pair, start in zip(data.ids, data.answer_start)]
-    known = {(prompt, *pair) for prompt, pair in zip(prompts, answers)}
-    return {
-        "have an answer without any token": sum(b"" in pair for pair in answers),
-        "have the same answer on both sides": sum(a == b for a, b in answers),
-        "are contradicted by another pair": sum((prompt, b, a) in known for prompt, (a, b) in zip(prompts, answers) if a != b),
-    }
-
-
-def inspect_pairs(data: PreferenceData) -> list[str]:
-    "Sentences about the pairs alone: their faults, and length as a giveaway."
-    found = [f"unhealthy: {n} of {len(data)} pairs {what}" for what, n in pair_faults(data).items() if n]
-    longer = float(np.mean(data.lengths[:, 0] > data.lengths[:, 1]))
-    if len(data) >= 20 and not 0.1 <= longer <= 0.9:
-        found.append(f"unhealthy: the chosen answer is the longer one in {longer:.0%} of the pairs, so length alone can be learned")
-    return found or ["healthy: no empty, equal or contradictory pairs, and length gives nothing away"]
-
-# %% ../nbs/72_dpo.ipynb #ea077b06
-def diagnose(log: list[dict], data: PreferenceData | None = None) -> list[str]:
-    "Sentences about a DPO log (from read_log), and about its pairs where they are given; each begins with 'healthy' or 'unhealthy'."
-    usable = [record for record in log if all(record.get(name) is not None for name in FACTS)]
-    about_data, cause = [] if data is None else inspect_pairs(data), broken_run(usable)
-    if cause is not None:
-        return [*about_data, f"unhealthy: {cause}"]
-    facts, whole = log_facts(usable), usable[0].get("step", 1) == 1  # a log with gaps may lack the first step
-    return about_data + [band.judge(facts[band.fact]) for band in BANDS if whole or band.fact != "first_loss"]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['worst_texts', 'file_tasks', 'encoder_row', 'file_row', 'short_row', 'decode_row', 'wall_in_turns', 'possible_gain',
-           'thread_row', 'bench_encoder', 'encoder_line', 'encoder_table', 'draw_encoder']
+           'thread_row', 'without_specials', 'bench_encoder', 'encoder_line', 'encoder_table', 'draw_encoder']
 
 # %% ../nbs/18b_encoder_bench.ipynb #e263f5e9
 import base64, hashlib, tempfile, time
@@ -120,14 +120,20 @@ def thread_row(text: str, tok: BPETokenizer, repeats: int = 3) -> dict:
             "possible": possible_gain(repeats), "same": made[1] == made[2]}
 
 # %% ../nbs/18b_encoder_bench.ipynb #4a2e80f4
+def without_specials(tok: BPETokenizer) -> BPETokenizer:
+    """The same tokens, numbered from 0, without special ones. Raises TokenizerError for what tiktoken cannot read."""
+    if not isinstance(tok, BPETokenizer) or tok.encoder is None:
+        raise TokenizerError("the encoder cannot be compared: give a byte-level BPE tokenizer with a gpt2 or gpt4 pattern")
+    plain = [token for i, token in sorted(tok.vocab.items()) if i not in tok.special_tokens.values()]
+    return BPETokenizer.from_vocab(dict(enumerate(plain)), tok.merges, [], tok.pattern)
+
+# %% ../nbs/18b_encoder_bench.ipynb #ae3cf597
 def bench_encoder(text: str | Path | Iterable[str] | None = None, vocab_size: int = 4096, megabytes: float = 10, worst_megabytes: float = 1,
                   repeats: int = 3, tok: BPETokenizer | None = None) -> list[dict]:
     """Rows of all measurements: a file, the worst texts, short calls, decoding, two threads. `tok`: a tokenizer to use; None: one is
     trained on the text. Raises TokenizerError for too little text, or a tokenizer that tiktoken cannot read."""
     whole = "\n".join(text_for_bench(text, megabytes))
-    tok = tok or BPETokenizer.train(whole[:5_000_000], vocab_size, [], strict=False)
-    if tok.special_tokens or tok.encoder is None:
-        raise TokenizerError("the encoder cannot be compared: give a tokenizer with a gpt2 or gpt4 pattern and no special tokens")
+    tok = without_specials(tok) if tok else BPETokenizer.train(whole[:5_000_000], vocab_size, [], strict=False)
     files = {"as given": whole, **worst_texts(worst_megabytes)}
     rows = [file_row(name, part, tok, repeats) for name, part in files.items()]
     rows += [short_row(size, tok, repeats) for size in (11, 100, 424)]

@@ -15,21 +15,22 @@ from torch import Tensor, nn
 
 from .adapting import fine_tune
 from .artifacts import artifact_id
+from .chat_rows import IGNORE
+from .chats import list_faults
 from .config import config_hash, rng
-from .dpo import Band
+from .dpo_health import Band
 from .judge import judge, met
 from .lora import LoRAConfig, adapters_off
 from .optim import TrainConfig
 from .preference_loss import DPOError
 from .preference_variants import frozen_copy
 from .pretrain import load_model
-from .sft import IGNORE
 from .tokenizer import Tokenizer, load_tokenizer, render_chat
 
 # %% auto #0
 __all__ = ['GRPO_BANDS', 'group_advantages', 'clipped_gain', 'kl_estimate', 'token_logprobs', 'grpo_losses', 'grpo_objective',
-           'write_group', 'rollout_rows', 'Roller', 'kept_round', 'reference_of', 'grpo', 'judge_reward',
-           'diagnose_grpo']
+           'write_group', 'write_groups', 'rollout_rows', 'prompt_ids', 'fitting_prompts', 'Roller', 'diagnose_grpo',
+           'kept_round', 'reference_of', 'grpo', 'judge_reward']
 
 # %% ../nbs/74_grpo.ipynb #479502ba
 def group_advantages(rewards: Tensor, scale: bool = True) -> Tensor:
@@ -89,6 +90,12 @@ def write_group(model: nn.Module, prompt: list[int], n: int, limit: int, stop_id
         if all(answer[-1] == stop_id for answer in answers): break
     return answers
 
+
+def write_groups(model: nn.Module, prompts: list[list[int]], n: int, limit: int, stop_id: int, seeds: list[int]) -> list[list[list[int]]]:
+    "`n` answers to each of several prompts, a group after the other; `seeds`: one for each prompt."
+    return [write_group(model, prompt, n, limit, stop_id, torch.Generator().manual_seed(seed))
+            for prompt, seed in zip(prompts, seeds, strict=True)]
+
 # %% ../nbs/74_grpo.ipynb #d9bb22b3
 def rollout_rows(prompts: list[list[int]], answers: list[list[list[int]]], pad_id: int) -> dict[str, Tensor]:
     "ids and labels (P·G, T), padded on the right: labels on the answers alone."
@@ -101,18 +108,34 @@ def rollout_rows(prompts: list[list[int]], answers: list[list[list[int]]], pad_i
     return {"ids": ids, "labels": labels}
 
 # %% ../nbs/74_grpo.ipynb #df43ceb6
+def prompt_ids(tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    "A conversation as ids, up to the mark after which the assistant answers."
+    return list(render_chat(tokenizer, messages, add_generation_prompt=True)[0])
+
+
+def fitting_prompts(tokenizer: Tokenizer, prompts: list[list[dict]], context_length: int, room: int = 8) -> list[list[dict]]:
+    "The prompts that leave `room` tokens for an answer; the others are counted and named. Raises DPOError when none does."
+    sizes = [len(prompt_ids(tokenizer, messages)) for messages in prompts]
+    long = [f"prompt {i}: {n} tokens of {context_length}" for i, n in enumerate(sizes, 1) if n + room > context_length]
+    if len(long) == len(prompts):
+        raise DPOError(f"no prompt leaves {room} of {context_length} tokens for an answer: give shorter ones")
+    if long:
+        print(list_faults(long, len(prompts)))
+    return [messages for messages, n in zip(prompts, sizes, strict=True) if n + room <= context_length]
+
+# %% ../nbs/74_grpo.ipynb #35129d24
 class Roller:
     "Makes the batch of a round: prompts are drawn by seed and round, answered by the model as it is, paid, and compared."
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, prompts: list[list[dict]], reward: Callable, reference: Callable,
-                 group: int = 8, limit: int = 200, seed: int = 0, write: Callable = write_group):
+                 group: int = 8, limit: int = 200, seed: int = 0, write: Callable = write_groups):
         self.model, self.tokenizer, self.prompts, self.reward, self.reference = model, tokenizer, prompts, reward, reference
         self.group, self.limit, self.seed, self.write = group, limit, seed, write
 
-    def answer(self, messages: list[dict], seed: int) -> tuple[list[int], list[list[int]]]:
-        "(prompt ids, a group of answers) for one conversation."
-        ids, end = render_chat(self.tokenizer, messages, add_generation_prompt=True)[0], self.tokenizer.special_id("<|end|>")
-        return ids, self.write(self.model, ids, self.group, self.limit, end, torch.Generator().manual_seed(seed))
+    def answers(self, asked: list[list[dict]], seeds: list[int]) -> tuple[list[list[int]], list[list[list[int]]]]:
+        "(prompt ids, a group of answers) for each conversation."
+        ids, end = [prompt_ids(self.tokenizer, messages) for messages in asked], self.tokenizer.special_id("<|end|>")
+        return ids, self.write(self.model, ids, self.group, self.limit, end, seeds)
 
     def pay(self, messages: list[dict], answers: list[list[int]]) -> list[float]:
         "The reward of each answer, from its text without the mark of its end."
@@ -125,12 +148,31 @@ class Roller:
         training, pick = self.model.training, rng("rollout", self.seed, round)
         self.model.eval()
         asked = [self.prompts[i] for i in pick.choice(len(self.prompts), n_prompts, replace=len(self.prompts) < n_prompts)]
-        told = [self.answer(messages, int(seed)) for messages, seed in zip(asked, pick.integers(2**31, size=n_prompts))]
-        rewards = torch.tensor([self.pay(messages, answers) for messages, (_, answers) in zip(asked, told)])
-        rows = rollout_rows([ids for ids, _ in told], [answers for _, answers in told], self.tokenizer.pad_id)
+        ids, told = self.answers(asked, pick.integers(2**31, size=n_prompts).tolist())
+        rewards = torch.tensor([self.pay(messages, answers) for messages, answers in zip(asked, told)])
+        rows = rollout_rows(ids, told, self.tokenizer.pad_id)
         old, reference = token_logprobs(self.model, **rows), self.reference(self.model, **rows)
         self.model.train(training)
         return rows | {"old": old, "reference": reference, "advantage": group_advantages(rewards).flatten(), "reward": rewards.flatten()}
+
+# %% ../nbs/74_grpo.ipynb #3f933379
+GRPO_BANDS = (
+    Band("differ", "the share of answers that teach", 0.05, 1.0,
+         "the answers of nearly every group earn the same; choose prompts of middling difficulty, larger groups, or a finer reward"),
+    Band("kl", "the KL to the start in nats a token", 0.0, 0.5, "",
+         "the policy is far from where it began; raise kl_weight or lower the rate"),
+    Band("clipped", "the share of clipped tokens", 0.0, 0.3, "", "one round is used up; make fewer updates with it, or smaller ones"),
+    Band("surprise", "the surprise in nats a token", 0.01, 8.0,
+         "the answers have become all alike; stop earlier, or raise kl_weight", "the answers are noise; the learning rate is far too high"),
+)
+
+
+def diagnose_grpo(log: list[dict]) -> list[str]:
+    "Sentences about a GRPO log (from read_log), means over its last quarter; each begins with 'healthy' or 'unhealthy'."
+    tail = [record for record in log[-max(1, len(log) // 4):] if record.get("differ") is not None]
+    if not tail:
+        return ["unhealthy: no step has a finite loss: the learning rate is far too high, or the base was damaged before"]
+    return [band.judge(float(np.mean([record[band.fact] for record in tail]))) for band in GRPO_BANDS]
 
 # %% ../nbs/74_grpo.ipynb #8c83d4fb
 def kept_round(folder: Path, number: int, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -158,18 +200,20 @@ def grpo(
     clip: float = 0.2, kl_weight: float = 0.02,
     updates: int = 1,  # steps made with the answers of one round
     limit: int = 200,  # tokens of an answer at most
-    lora: LoRAConfig | None = None, write: Callable = write_group, evaluate: Callable | None = None, quiet: bool = False,
+    lora: LoRAConfig | None = None, write: Callable = write_groups, evaluate: Callable | None = None, quiet: bool = False,
 ) -> dict:
-    "Train on the model's own answers, paid by `reward(prompt, answer)`; resumes by itself. Returns train()'s summary. Raises DPOError."
+    "Train on the model's own answers, paid by `reward(prompt, answer)`; resumes by itself. Returns fine_tune()'s summary."
     if config.batch_size % group:
         raise DPOError(f"batch_size is {config.batch_size}, which is no multiple of the group of {group}: a group stays together")
     model, checkpoint = load_model(base_path)
     tokenizer = load_tokenizer(Path(checkpoint.path) / "tokenizer.json")
+    prompts = fitting_prompts(tokenizer, prompts, model.config.context_length)
     roller = Roller(model, tokenizer, prompts, reward, reference_of(model, lora), group, limit, config.seed, write)
     make = lambda number: kept_round(Path(run_dir) / "rounds", number, lambda: roller.batch(number, config.batch_size // group))
     settings = {"group": group, "clip": clip, "kl_weight": kl_weight, "updates": updates, "limit": limit}
     return fine_tune(
         model, lambda step: make(step // updates), grpo_objective(clip, kl_weight), config, run_dir, lora=lora, settings=settings,
+        examine=diagnose_grpo,
         parents={"base": artifact_id(checkpoint.path), "data": config_hash({"prompts": prompts}), "tokenizer": tokenizer.hash},
         files={"tokenizer.json": Path(checkpoint.path) / "tokenizer.json"}, evaluate=evaluate, title="grpo", quiet=quiet)
 
@@ -177,20 +221,3 @@ def grpo(
 def judge_reward(prompt: list[dict], answer: str) -> float:
     "The share of the story judge's criteria that the answer meets, between 0 and 1."
     return met(judge(prompt, answer))
-
-# %% ../nbs/74_grpo.ipynb #1d99e8eb
-GRPO_BANDS = (
-    Band("differ", "the share of answers that teach", 0.05, 1.0,
-         "the answers of nearly every group earn the same; choose prompts of middling difficulty, larger groups, or a finer reward"),
-    Band("kl", "the KL to the start in nats a token", 0.0, 0.5, "",
-         "the policy is far from where it began; raise kl_weight or lower the rate"),
-    Band("clipped", "the share of clipped tokens", 0.0, 0.3, "", "one round is used up; make fewer updates with it, or smaller ones"),
-    Band("surprise", "the surprise in nats a token", 0.01, 8.0,
-         "the answers have become all alike; stop earlier, or raise kl_weight", "the answers are noise; the learning rate is far too high"),
-)
-
-
-def diagnose_grpo(log: list[dict]) -> list[str]:
-    "Sentences about a GRPO log (from read_log), means over its last quarter; each begins with 'healthy' or 'unhealthy'."
-    tail = log[-max(1, len(log) // 4):]
-    return [band.judge(float(np.mean([record[band.fact] for record in tail]))) for band in GRPO_BANDS]

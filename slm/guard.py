@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPEN_PATHS', 'CAREFUL', 'NOTHING', 'Rules', 'header', 'host_name', 'check_host', 'check_origin', 'check_type',
            'check_key', 'Gone', 'too_large', 'collect', 'discard', 'read_body', 'send_error', 'Gate', 'Doorman',
-           'impatient_protocol']
+           'crowded', 'polite_protocol', 'impatient_protocol']
 
 # %% ../nbs/96c_guard.ipynb #98e8a52e
 import asyncio, hmac, json
@@ -24,6 +24,7 @@ class Rules:
     head_seconds: float = 10.0                                      # for all headers of a request
     body_seconds: float = 10.0                                      # for its body
     stall_seconds: float = 30.0                                     # a client that reads nothing for so long is cut off
+    max_connections: int = 2000                                     # open at the same time; whoever comes later hears 429
 
 # %% ../nbs/96c_guard.ipynb #f994eea8
 def header(headers: list[tuple[bytes, bytes]], name: str) -> str | None:
@@ -118,7 +119,8 @@ async def send_error(send: Callable, error: ApiError) -> None:
     body = json.dumps(error.body()).encode()
     more = [(b"retry-after", str(error.retry).encode())] if error.retry else []
     more += [(b"allow", error.allow.encode())] if error.allow else []
-    more += [(b"www-authenticate", b"Bearer")] * (error.status == 401) + [(b"connection", b"close")] * (error.status in (408, 413))
+    more += [(b"www-authenticate", b"Bearer")] * (error.status == 401)
+    more += [(b"connection", b"close")] * (error.status in (408, 413) or error.code == "crowded")
     head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *more]
     await send({"type": "http.response.start", "status": error.status, "headers": head})
     await send({"type": "http.response.body", "body": body})
@@ -168,12 +170,40 @@ class Doorman(Gate):
         self.seen(scope["path"], status[0] if status else 499)
 
 # %% ../nbs/96c_guard.ipynb #bd385638
-def impatient_protocol(seconds: float) -> type:
-    "uvicorn's HTTP protocol, with a limit on the time that the head of a request may take."
+async def crowded(scope: dict, receive: Callable, send: Callable) -> None:
+    "The application of a connection that is one too many."
+    await send_error(send, ApiError("too many connections are open: try again in 1 s", 429, "crowded", retry=1))
+
+# %% ../nbs/96c_guard.ipynb #2121ccc0
+def polite_protocol(rules: Rules) -> type:
+    "uvicorn's HTTP protocol, which refuses in the interface's form, a connection that is one too many among them."
     import h11
     from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class Impatient(H11Protocol):
+    class Polite(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            if len(self.connections) > rules.max_connections: self.app = crowded
+
+        def refuse(self, status: int, message: str) -> None:
+            "Answer where no application can be asked, and close."
+            body = json.dumps(ApiError(message, status, "invalid_http").body()).encode()
+            head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), (b"connection", b"close")]
+            for part in (h11.Response(status_code=status, headers=head + CAREFUL), h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(part))
+            self.transport.close()
+
+        def send_400_response(self, msg: str) -> None:
+            self.refuse(400, "this is not HTTP/1.1, or its head is too large")
+
+    return Polite
+
+# %% ../nbs/96c_guard.ipynb #31b501d6
+def impatient_protocol(rules: Rules) -> type:
+    "The same with a limit on the time that the head of a request may take."
+    import h11
+
+    class Impatient(polite_protocol(rules)):
         clock = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:
@@ -188,8 +218,13 @@ def impatient_protocol(seconds: float) -> type:
             "Start the clock when a head is awaited, stop it when one is complete."
             waiting = self.conn.their_state is h11.IDLE and not self.transport.is_closing()
             fresh = self.cycle is None or self.conn.trailing_data[0]              # between requests uvicorn's own clock runs
-            if waiting and fresh and self.clock is None: self.clock = self.loop.call_later(seconds, self.transport.close)
+            if waiting and fresh and self.clock is None: self.clock = self.loop.call_later(rules.head_seconds, self.give_up)
             elif not waiting and self.clock: self.clock, _ = None, self.clock.cancel()
+
+        def give_up(self) -> None:
+            "The time for the head is over; who has sent nothing at all needs no answer."
+            if not self.conn.trailing_data[0]: return self.transport.close()
+            self.refuse(408, f"the head did not arrive within {rules.head_seconds:g} seconds")
 
         def connection_lost(self, error: Exception | None) -> None:
             if self.clock: self.clock.cancel()

@@ -8,13 +8,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import sys
 from pathlib import Path
 
 import torch
 
-from .benchmarks import pair_ids, question_of, score_pairs
+from .benchmarks import CHUNK, pair_ids, question_of, score_pairs
 from .config import SLMError
 from .sample import load
 from .suite import find_benchmarks, is_orders, read_rows
@@ -58,8 +59,13 @@ class Likelihoods:
         return self.lm.tokenizer.hash
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        "For each (context, continuation): log p, and whether greedy decoding would write it."
-        return score_pairs(self.lm, [pair_ids(self.lm, *r.args, self.prefix) for r in requests], self.batch_size)
+        "For each (context, continuation): log p, and whether greedy decoding would write it; in the batches of `answer_questions`."
+        together, scores = (lambda r: (r.task_name or "", (r.doc_id or 0) // CHUNK)), {}
+        for _, group in itertools.groupby(sorted(requests, key=together), together):
+            group = list(group)
+            found = score_pairs(self.lm, [pair_ids(self.lm, *r.args, self.prefix) for r in group], self.batch_size)
+            scores |= zip(map(id, group), found, strict=True)
+        return [scores[id(r)] for r in requests]
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         "log p of each whole text."

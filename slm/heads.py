@@ -20,7 +20,7 @@ from .loss import cross_entropy, pad_windows
 from .model import TransformerLM
 
 # %% auto #0
-__all__ = ['HABITS', 'repeated_rows', 'head_scores', 'draw_scores', 'without', 'token_bits', 'ablate']
+__all__ = ['HABITS', 'repeated_rows', 'head_scores', 'draw_scores', 'without', 'token_bits', 'ablate', 'draw_ablation']
 
 # %% ../nbs/95d_heads.ipynb #7f887714
 def repeated_rows(words: int | list[int], first: int, n: int = 16, rows: int = 8, seed: int = 0) -> Tensor:
@@ -45,10 +45,10 @@ def head_scores(model: TransformerLM, first: int, words: list[int] | None = None
 def draw_scores(scores: dict[str, Tensor], limit: float | None = 1.0, unit: str = "share of attention") -> Figure:
     "One table of heads for each entry, layers downwards, heads across, all on one scale."
     high = limit or max(1e-9, *(float(s.abs().max()) for s in scores.values()))
-    low, n, (n_layer, n_head) = (0 if limit else -high), len(scores), next(iter(scores.values())).shape
-    fig = Figure(figsize=(1.1 + n * (0.9 + 0.42 * n_head), 1.1 + 0.42 * n_layer), dpi=90, layout="constrained")
-    axes = fig.subplots(1, n, squeeze=False)[0]
-    for ax, (name, score) in zip(axes, scores.items(), strict=True):
+    low, widths, n_layer = (0 if limit else -high), [s.shape[1] for s in scores.values()], len(next(iter(scores.values())))
+    fig = Figure(figsize=(1.1 + sum(0.9 + 0.42 * n for n in widths), 1.1 + 0.42 * n_layer), dpi=90, layout="constrained")
+    axes = fig.subplots(1, len(scores), squeeze=False, width_ratios=widths)[0]
+    for ax, n_head, (name, score) in zip(axes, widths, scores.items(), strict=True):
         picture = ax.imshow(score, cmap="Purples" if limit else "RdBu_r", vmin=low, vmax=high)
         for (layer, head), value in [((i, h), float(score[i, h])) for i in range(n_layer) for h in range(n_head)]:
             ink = "white" if abs(value) > 0.6 * high else "black"
@@ -89,3 +89,12 @@ def ablate(model: TransformerLM, docs: list[list[int]]) -> dict:
     heads = torch.tensor([[effect(layer, head=h) for h in range(c.n_head)] for layer in range(c.n_layer)])
     parts = {part: torch.tensor([effect(layer, part=part) for layer in range(c.n_layer)]) for part in ("attn", "ffn", "layer")}
     return {"heads": heads, **parts, "loss": base}
+
+# %% ../nbs/95d_heads.ipynb #f7913875
+def draw_ablation(effects: dict) -> Figure:
+    "What `ablate` found: a table of heads, and beside it one of whole parts, in bits a token."
+    parts = torch.stack([effects[part] for part in ("attn", "ffn", "layer")], 1)
+    fig = draw_scores({"without a head": effects["heads"], "without a part": parts}, limit=None, unit="bits a token lost")
+    fig.axes[1].set(xlabel="", xticks=range(3))
+    fig.axes[1].set_xticklabels(["attention", "network", "both"], rotation=45, ha="right", fontsize=8)
+    return fig

@@ -5,12 +5,14 @@
 # %% ../nbs/91g_json_rules.ipynb #c6fae5c3
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from .json_parts import CHAR, INTEGER, NUMBER, written
 from .patterns import Alt, Call, Chars, ConstraintError, Node, Repeat, Seq, Text, others
 
 # %% auto #0
-__all__ = ['EXPLAIN', 'KEYWORDS', 'SHAPES', 'JOIN', 'COMMA', 'COLON', 'JSON', 'check_keywords', 'types_of', 'merge_types',
-           'merge_properties', 'merge', 'values_of', 'apart', 'listed', 'chain', 'other_names']
+__all__ = ['EXPLAIN', 'KEYWORDS', 'SHAPES', 'UNSERVED', 'JOIN', 'COMMA', 'COLON', 'JSON', 'check_keywords', 'types_of',
+           'merge_types', 'merge_properties', 'merge', 'values_of', 'apart', 'listed', 'chain', 'other_names']
 
 # %% ../nbs/91g_json_rules.ipynb #6c1803a0
 EXPLAIN = {"title", "description", "default", "examples", "$schema", "$id", "$comment", "deprecated", "readOnly", "writeOnly",
@@ -24,15 +26,21 @@ KEYWORDS = {
 
 SHAPES = {"$ref", "anyOf", "oneOf", "allOf", "enum", "const", "type"}
 
+UNSERVED = {"not", "if", "then", "else", "multipleOf", "uniqueItems", "contains", "minContains", "maxContains", "additionalItems",
+    "unevaluatedItems", "minProperties", "maxProperties", "propertyNames", "patternProperties", "unevaluatedProperties", "dependencies",
+    "dependentRequired", "dependentSchemas", "$dynamicRef", "$recursiveRef", "nullable"}
+
 # %% ../nbs/91g_json_rules.ipynb #e17ee14f
 def check_keywords(schema: object, where: str) -> dict:
-    "The schema without what only explains; true is {}. Raises `ConstraintError` for a keyword that is not known here."
+    "The schema without what only explains; true is {}. Raises `ConstraintError` for a keyword of the standard that is not known here."
     if schema is True: return {}
     if not isinstance(schema, dict): raise ConstraintError(f"the schema at {where} is {schema!r:.40}, but must be an object")
     known = SHAPES.union(*KEYWORDS.values())
     for key in schema.keys() - known - EXPLAIN:
-        raise ConstraintError(f"the schema at {where} uses {key!r}, which is not known here: leave it out, or choose "
-            f"backend=\"llguidance\"")
+        meant = [] if "-" in key else get_close_matches(key, known, 1, 0.8)
+        if key in UNSERVED or meant:
+            raise ConstraintError(f"the schema at {where} uses {key!r}, which is not known here: "
+                + (f"write {meant[0]!r}" if meant else "leave it out, or choose backend=\"llguidance\""))
     return {key: value for key, value in schema.items() if key in known}
 
 # %% ../nbs/91g_json_rules.ipynb #ed2d3d26

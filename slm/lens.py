@@ -15,7 +15,6 @@ from .capture import Seen, capture, token_labels
 from .config import SLMError
 from .layers import LayerNorm, NoNorm
 from .model import TransformerLM
-from .quantize import weight_kind
 from .sample import LM
 
 # %% auto #0
@@ -80,9 +79,8 @@ def reading_direction(model: TransformerLM, x: Tensor, token: int, versus: int |
 def attribute(model: TransformerLM, seen: Seen, position: int, token: int, versus: int | None = None, row: int = 0) -> dict:
     """What each part adds to the logit of `token` (minus that of `versus`) at `position`: {"embedding", "heads" (L, H), "ffn" (L,),
     "constant", "total"}. They sum to the logit before any cap. Raises `SLMError` for models whose stream is no sum."""
-    if model.config.norm_position == "post" or weight_kind(model) != "float":
-        kind = "norms inside the stream" if weight_kind(model) == "float" else f"{weight_kind(model)} weights"
-        raise SLMError(f"logits cannot be attributed in a model with {kind}: use a float model with norm_position pre")
+    if model.config.norm_position == "post":
+        raise SLMError("logits cannot be attributed in a model with norms inside the stream: use one with norm_position pre")
     at = lambda t: t[row, position].double()
     d, constant = reading_direction(model, seen.streams[-1][row, position], token, versus)
     heads, n_head = [], model.config.n_head

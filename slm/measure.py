@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -14,9 +15,11 @@ from matplotlib.figure import Figure
 from .config import SLMError
 from .loss import document_bits, ratio_interval
 from .sample import LM
+from .sources import DataError, open_source, visible_files
 
 # %% auto #0
-__all__ = ['framed', 'summarise', 'measure_by_domain', 'measure', 'domain_table', 'draw_domains']
+__all__ = ['HELD_OUT', 'framed', 'summarise', 'document_marks', 'by_domain', 'measure_by_domain', 'measure', 'domain_table',
+           'rows_figure', 'draw_domains', 'domain_docs']
 
 # %% ../nbs/94b_measure.ipynb #42483d0f
 def framed(lm: LM, texts: Iterable[str]) -> list[list[int]]:
@@ -38,18 +41,28 @@ def summarise(bits: np.ndarray, sizes: np.ndarray, tokens: np.ndarray, floor: np
     return found
 
 # %% ../nbs/94b_measure.ipynb #127cc2d7
-def measure_by_domain(lm: LM, docs: list[dict], key: str = "domain", batch_size: int = 16) -> dict[str, dict]:
-    '''`summarise` for all documents together (under "all") and for each value of their field `key`. Documents are
-    {"text", and perhaps "bits", "domain"}; the end of a document is predicted too. Raises `SLMError` where there is no text.'''
+def document_marks(lm: LM, docs: list[dict], batch_size: int = 16) -> list[dict]:
+    '''For each document {"text", and perhaps "bits", "domain"}: its bits by the model, tokens, bytes, bits of its choices, and domain.
+    The end of a document is predicted too. Raises `SLMError` where there is no text.'''
     if not docs or not all(doc["text"] for doc in docs):
         raise SLMError("bits per byte need documents with at least one character each: pass some held-out text")
     ids = framed(lm, (doc["text"] for doc in docs))
-    bits, tokens = document_bits(lm.model, ids, batch_size), np.array([len(i) - 1 for i in ids])
-    sizes, known = np.array([float(len(doc["text"].encode())) for doc in docs]), [doc.get("bits") for doc in docs]
-    floor, names = np.array([math.nan if k is None else k for k in known]), [str(doc.get(key, "other")) for doc in docs]
-    parts = {"all": np.arange(len(docs))} | {name: np.flatnonzero(np.array(names) == name) for name in sorted(set(names))}
+    return [{"bits": float(bits), "tokens": len(i) - 1, "bytes": len(doc["text"].encode()), "floor": doc.get("bits"),
+             "domain": str(doc.get("domain", "other"))}
+            for doc, i, bits in zip(docs, ids, document_bits(lm.model, ids, batch_size), strict=True)]
+
+def by_domain(marks: list[dict]) -> dict[str, dict]:
+    '''`summarise` for all documents together (under "all") and, where there are several domains, for each of them.'''
+    bits, sizes, tokens, floor = (np.array([mark[key] for mark in marks], dtype=float) for key in ("bits", "bytes", "tokens", "floor"))
+    names = np.array([mark["domain"] for mark in marks])
+    parts = {"all": np.arange(len(marks))} | {str(name): np.flatnonzero(names == name) for name in dict.fromkeys(names)}
     return {name: summarise(bits[i], sizes[i], tokens[i], None if np.isnan(floor[i]).any() else floor[i])
-            for name, i in parts.items() if name == "all" or len(set(names)) > 1}
+            for name, i in parts.items() if name == "all" or len(parts) > 2}
+
+# %% ../nbs/94b_measure.ipynb #f99ee0e1
+def measure_by_domain(lm: LM, docs: list[dict], batch_size: int = 16) -> dict[str, dict]:
+    "The figures of documents, all together and by domain."
+    return by_domain(document_marks(lm, docs, batch_size))
 
 def measure(lm: LM, texts: list[str], batch_size: int = 16) -> dict:
     "`summarise` for plain texts."
@@ -58,23 +71,49 @@ def measure(lm: LM, texts: list[str], batch_size: int = 16) -> dict:
 # %% ../nbs/94b_measure.ipynb #16c35e97
 def domain_table(found: dict[str, dict]) -> str:
     "The figures of `measure_by_domain` as a Markdown table."
-    lines = ["| text | documents | bits per byte | 95 % interval | floor | above the floor |", "| --- | --- | --- | --- | --- | --- |"]
+    titles = ("text", "documents", "bytes a token", "perplexity", "bits per byte", "95 % interval", "floor", "above the floor")
+    lines = [f"| {' | '.join(titles)} |", "| --- " * len(titles) + "|"]
     for name, r in found.items():
         known = f"{r['floor']:.3f} | {r['above']:.3f} ({r['above_low']:.3f}–{r['above_high']:.3f})" if "floor" in r else "– | –"
-        lines.append(f"| {name} | {r['docs']:,} | {r['bits_per_byte']:.3f} | {r['low']:.3f}–{r['high']:.3f} | {known} |")
+        spread = f"{r['low']:.3f}–{r['high']:.3f}" if r["docs"] > 1 else "one document"
+        lines.append(f"| {name} | {r['docs']:,} | {r['bytes'] / r['tokens']:.2f} | {r['perplexity']:,.4g} | {r['bits_per_byte']:.3f} | "
+                     f"{spread} | {known} |")
     return "\n".join(lines)
 
 # %% ../nbs/94b_measure.ipynb #42558b6b
+def rows_figure(names: list[str], xlabel: str) -> tuple[Figure, object]:
+    "A figure, and axes with a row for each name, the first on top: row number y from above is at height y."
+    fig = Figure(figsize=(6.6, 0.8 + 0.36 * len(names)), dpi=90, layout="constrained")
+    ax = fig.subplots()
+    ax.set(yticks=range(len(names)), yticklabels=names, xlabel=xlabel, ylim=(len(names) - 0.4, -0.6))
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.tick_params(axis="y", length=0)
+    return fig, ax
+
 def draw_domains(found: dict[str, dict]) -> Figure:
     "Bits per byte of each domain with its interval; the dark part of a bar is the floor."
-    fig = Figure(figsize=(6.4, 0.7 + 0.45 * len(found)), dpi=90, layout="constrained")
-    ax, names = fig.subplots(), list(found)[::-1]
-    for y, name in enumerate(names):
+    fig, ax = rows_figure(list(found), "bits per byte")
+    known = next((name for name, r in found.items() if "floor" in r), None)
+    for y, name in enumerate(found):
         r = found[name]
         ax.barh(y, r["bits_per_byte"], 0.6, color="#9ecae1", xerr=[[r["bits_per_byte"] - r["low"]], [r["high"] - r["bits_per_byte"]]],
                 ecolor="#444", capsize=3, label="the model" if y == 0 else None)
-        if "floor" in r: ax.barh(y, r["floor"], 0.6, color="#3182bd", label="the floor" if y == 0 else None)
-    ax.set(yticks=range(len(names)), yticklabels=names, xlabel="bits per byte")
-    ax.spines[["top", "right"]].set_visible(False)
+        if "floor" in r: ax.barh(y, r["floor"], 0.6, color="#3182bd", label="the floor" if name == known else None)
     ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     return fig
+
+# %% ../nbs/94b_measure.ipynb #b736e99e
+HELD_OUT = 1_000_000                   # seeds of the story world from here on are for measuring, not for training
+
+def domain_docs(names: Iterable[str | Path], limit: int | None = None, seed: int = 0) -> list[dict]:
+    """Documents of files, folders (a domain for each file) and "storyworld", at most `limit` of each domain, with their domain.
+    Raises `DataError` for a name that is nothing of the kind, and for a folder without a readable file."""
+    found: list[dict] = []
+    for name in names:
+        inside = visible_files(Path(name)) if Path(name).is_dir() else [(Path(name).name, name)]
+        for label, part in inside:
+            try: found += [{**doc, "domain": label} for doc in open_source(part, seed=HELD_OUT + seed, limit_docs=limit)]
+            except DataError:
+                if len(inside) == 1: raise
+    if not found: raise DataError(f"{', '.join(map(str, names))} holds no text: name a file or a folder with readable files")
+    return found

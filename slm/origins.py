@@ -21,7 +21,8 @@ from .sample import LM
 from .surprise import laid_out
 
 # %% auto #0
-__all__ = ['suffix_array', 'Index', 'Match', 'longest_match', 'matches', 'copied_share', 'exposure', 'recites', 'draw_matches']
+__all__ = ['suffix_array', 'Index', 'Match', 'longest_match', 'matches', 'copied_share', 'exposure', 'recites', 'draw_matches',
+           'origins']
 
 # %% ../nbs/95g_origins.ipynb #00d8ac0f
 def suffix_array(tokens: np.ndarray, longest: int = 256) -> np.ndarray:
@@ -147,3 +148,16 @@ def draw_matches(lm: LM, index: Index, text: str, least: int = 6, width: int = 1
     ax.set(xlim=(0, width), ylim=(lines + 0.7 * len(found) + 0.3, 0))
     ax.axis("off")
     return fig
+
+# %% ../nbs/95g_origins.ipynb #ee26ec0b
+def origins(lm: LM, index: Index, text: str, least: int = 6, around: int = 12) -> dict:
+    """Where a text was learned: its memorisation score ("share") and "matches", the longest first: start and length in tokens, document,
+    count, and the passage with `around` tokens before and after it in that document."""
+    ids, found = lm.tokenizer.encode(text), []
+    said = lambda a, b: lm.tokenizer.decode(index.tokens[a:b].tolist())
+    for m in sorted(matches(index, ids, least), key=lambda m: -m.length):
+        begin, end = index.doc_starts[m.doc] + 1, m.place + m.length
+        stop = min((int(s) for s in index.doc_starts[m.doc + 1:m.doc + 2]), default=len(index.tokens))
+        found.append({"start": m.start, "length": m.length, "doc": m.doc, "count": m.count, "passage": said(m.place, end),
+                      "before": said(max(begin, m.place - around), m.place), "after": said(end, max(end, min(stop, end + around)))})
+    return {"share": copied_share(index, ids, least), "least": least, "matches": found}

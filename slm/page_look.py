@@ -119,9 +119,9 @@ STYLE["tools"] = """
 .user .tools { opacity: 0; } .user:hover .tools, .user:focus-within .tools { opacity: 1; }
   @media (hover: none) { .user .tools { opacity: 1; } }
 .turn textarea { width: 100%; font: inherit; color: inherit; background: var(--raised); border: 1px solid var(--accent);
-  border-radius: .7rem; padding: .6rem .8rem; }
+  border-radius: .7rem; padding: .6rem .8rem; } .turn textarea + .tools { gap: .5rem; margin-top: .6rem; }
 .fault { border: 1px solid var(--wrong); color: var(--wrong); border-radius: .7rem; padding: .6rem .9rem; margin-bottom: 1rem;
-  display: flex; gap: .8rem; align-items: center; justify-content: space-between; }
+  display: flex; gap: .8rem; align-items: center; justify-content: space-between; } .fault button { flex: none; white-space: nowrap; }
 .waiting::after { content: ""; display: inline-block; width: .55rem; height: .55rem; border-radius: 50%; background: var(--accent);
   animation: beat 1s infinite alternate; }
 @keyframes beat { to { opacity: .25; transform: scale(.8); } }

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .chat_rows import IGNORE
 from .chats import ChatError
 from .preferences import pair_logprobs
-from .sft import IGNORE
 
 # %% auto #0
 __all__ = ['dpo_loss', 'dpo_metrics', 'DPOError', 'check_settings', 'anchor', 'dpo_objective']

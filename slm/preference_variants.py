@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .chat_rows import IGNORE
 from .config import Registry
 from .lora import adapters_off
 from .preference_loss import anchor, check_settings, dpo_loss, dpo_metrics
 from .preferences import pair_logprobs
-from .sft import IGNORE
 
 # %% auto #0
 __all__ = ['LOSSES', 'ipo_loss', 'simpo_loss', 'log_odds', 'orpo_loss', 'preference_objective', 'frozen_copy', 'by_copy',

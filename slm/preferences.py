@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .chat_rows import IGNORE, NAMED, content_id, load_arrays, render_chats, save_arrays, too_long
 from .chats import ChatError, load_pairs
 from .config import rng
 from .optim import TrainConfig
-from .sft import IGNORE, content_id, load_arrays, render_chats, save_arrays
 from .steps import autocast
 from .tokenizer import Tokenizer
 
@@ -111,17 +111,23 @@ class PreferenceError(ChatError):
 
 
 def build_preferences(
-    pairs: str | Path | Iterable, tokenizer: Tokenizer, context_length: int, on_bad: str = "raise"
+    pairs: str | Path | Iterable, tokenizer: Tokenizer, context_length: int,
+    on_bad: str = "raise",  # a row that makes no sense: "raise" or "skip"
+    on_long: str = "skip",  # a pair with a side longer than the context: "skip" or "raise"; a side that is cut would teach never to end
 ) -> PreferenceData:
-    "Read and render pairs; those longer than the context are dropped and counted. Raises PreferenceError naming the row."
-    rendered = render_pairs(tokenizer, load_pairs(pairs, on_bad, PreferenceError))
-    fits = [pair for pair in rendered if max(len(ids) for ids, _ in pair) <= context_length]
+    "Read and render pairs; what is left out is counted and named. Raises PreferenceError naming the line, or when nothing fits."
+    rows = load_pairs(pairs, on_bad, PreferenceError)
+    rendered = render_pairs(tokenizer, rows)
+    sizes = [max(len(ids) for ids, _ in pair) for pair in rendered]
+    long = too_long(rows.names, sizes, context_length, on_long, PreferenceError, ("skip", "raise"))
+    fits = [pair for pair, n in zip(rendered, sizes, strict=True) if n <= context_length]
     if not fits:
         raise PreferenceError(f"no pair fits into {context_length} tokens: raise context_length or use shorter answers")
     arrays = stack_pairs(fits, tokenizer.pad_id)
     longer = (arrays["lengths"][:, 0] > arrays["lengths"][:, 1]).mean()
-    stats = {"pairs": len(fits), "dropped": len(rendered) - len(fits), "tokens": int(arrays["lengths"].sum()),
-             "chosen_longer": round(float(longer), 4)}
+    stats = {"pairs": len(fits), "bad": len(rows.left_out), "dropped": len(long), "tokens": int(arrays["lengths"].sum()),
+             "chosen_longer": round(float(longer), 4),
+             "named": [*rows.left_out, *(f"{sentence}: left out" for sentence in long)][:NAMED]}
     return PreferenceData(**arrays, tokenizer_hash=tokenizer.hash, stats=stats)
 
 # %% ../nbs/70_preferences.ipynb #aac0d7b3

@@ -17,13 +17,17 @@ from .report import make_report
 from .stages import RUN_PRESETS, STAGES, Run, RunConfig, run_source, scale, with_dependents
 
 # %% auto #0
-__all__ = ['run_name', 'run_config', 'plan_run', 'run_pipeline']
+__all__ = ['run_preset', 'run_name', 'run_config', 'plan_run', 'run_pipeline']
 
 # %% ../nbs/97e_run.ipynb #a25b6f7c
-def run_name(name: str | None, preset: str, corpus: str) -> str:
+def run_preset(preset: str | None, corpus: str) -> str:
+    "The preset of a run: as given, or `story` for the story world and `text` for any other corpus."
+    return preset or ("story" if corpus == "storyworld" else "text")
+
+def run_name(name: str | None, preset: str | None, corpus: str) -> str:
     "The name of a run: as given, or made from the preset and the corpus. Raises `SLMError` for what is no folder's name."
     if name is None:
-        name = preset if corpus == "storyworld" else Path(corpus).stem or Path(corpus).name
+        name = run_preset(preset, corpus) if corpus == "storyworld" else Path(corpus).stem or Path(corpus).name
     if Path(name).name != name or name.startswith("."):
         raise SLMError(f"{name!r} is no name for a run: use letters, digits, dashes")
     return name
@@ -39,16 +43,16 @@ def run_config(preset: str = "story", minutes: float | None = None, seed: int = 
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
     return config
 
-def plan_run(name: str | None = None, preset: str = "story", corpus: str = "storyworld", minutes: float | None = None,
+def plan_run(name: str | None = None, preset: str | None = None, corpus: str = "storyworld", minutes: float | None = None,
              out: str | Path = "checkpoints", seed: int = 0, vocab_size: int | None = None, quiet: bool = False) -> Run:
     "What a command means as a `Run`, checked as far as possible before anything is written. Raises `SLMError`."
-    config = run_config(preset, minutes, seed, vocab_size)
+    config = run_config(run_preset(preset, corpus), minutes, seed, vocab_size)
     run = Run(Path(out) / run_name(name, preset, corpus), config, corpus, quiet)
     run_source(run)
     return run
 
 # %% ../nbs/97e_run.ipynb #64c4646b
-def run_pipeline(name: str | None = None, preset: str = "story", corpus: str = "storyworld", minutes: float | None = None,
+def run_pipeline(name: str | None = None, preset: str | None = None, corpus: str = "storyworld", minutes: float | None = None,
                  redo: Iterable[str] = (), out: str | Path = "checkpoints", seed: int = 0, vocab_size: int | None = None,
                  quiet: bool = False) -> Path:
     """Bring `out/name` up to date, stage by stage, and return it. Raises `SLMError` with one sentence, and can be called again after

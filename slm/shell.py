@@ -135,11 +135,11 @@ def with_help(parameter: inspect.Parameter, kind: object, word: Word) -> object:
 # %% ../nbs/98a_shell.ipynb #8bad39f9
 def choose_checkpoint(path: Path | None = None, root: Path = Path("checkpoints")) -> Path:
     """`path` itself, or the newest run under `root`. Raises SLMError when there is none."""
-    from slm.config import SLMError
     if path is not None:
         return Path(path)
     runs = sorted(Path(root).glob("*/latest"), key=lambda file: file.stat().st_mtime)
     if not runs:
+        from slm.config import SLMError
         raise SLMError(f"no finished run under {root}: make one with slm run, or name a checkpoint")
     return runs[-1].parent
 

@@ -49,7 +49,12 @@ RUN_PRESETS: dict[str, RunConfig] = {
     "story": RunConfig(
         model=PRESETS["story"],
         pretrain=_training(440, 8, 256, eval_every=40, sample_every=200),
-        sft=_training(960, 4, 512),
+        sft=_training(820, 4, 512),
+        dpo=_training(30, 16, 512, lr=3e-4, muon_lr=6e-4)),
+    "text": RunConfig(
+        model=PRESETS["story"],
+        pretrain=_training(800, 8, 256, eval_every=40, sample_every=200),
+        sft=_training(460, 4, 512),
         dpo=_training(30, 16, 512, lr=3e-4, muon_lr=6e-4)),
     "tiny": RunConfig(
         model=PRESETS["tiny"],

@@ -12,15 +12,17 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .benchmarks import answer_questions, figures, question_of
-from .config import SLMError
+from .benchmarks import CHUNK, answer_questions, figures, question_of
+from .config import SLMError, config_hash
 from .files import atomic_file, sha256_file, write_json
 from .instructions import follows, instruction_figures
+from .measure import by_domain, document_marks, domain_docs, domain_table, draw_domains, rows_figure
 from .sample import LM
+from .text import progress
 
 # %% auto #0
-__all__ = ['read_rows', 'is_orders', 'find_benchmarks', 'obeyed', 'kept_marks', 'mark_all', 'figures_of', 'run_benchmark',
-           'run_suite', 'suite_table', 'draw_suite']
+__all__ = ['read_rows', 'is_orders', 'find_benchmarks', 'obeyed', 'kept_marks', 'mark_all', 'figures_of', 'asked_of',
+           'run_benchmark', 'draw_suite', 'run_suite', 'suite_table', 'run_texts']
 
 # %% ../nbs/94e_suite.ipynb #a0de4e41
 def read_rows(path: str | Path, limit: int | None = None) -> list[dict | str]:
@@ -75,7 +77,7 @@ def mark_all(ask: Callable[[list], list[dict]], rows: list, header: dict, file: 
     "The marks of all rows, `chunk` at a time, those in `file` not asked again."
     done = kept_marks(file, header)
     if len(done) >= len(rows): return done
-    for start in range(len(done) - len(done) % chunk, len(rows), chunk):
+    for start in progress(range(len(done) - len(done) % chunk, len(rows), chunk), desc=file.name.partition(".")[0]):
         new = ask(rows[start:start + chunk])[len(done) - start:]
         with open(file, "a", encoding="utf-8") as out:
             out.writelines(json.dumps(line) + "\n" for line in new)
@@ -94,19 +96,36 @@ def figures_of(rows: list, marks: list[dict]) -> dict:
     return {**found, "metric": metric} | ({"groups": {g: statistics.fmean(v) for g, v in groups.items()}} if len(groups) > 1 else {})
 
 # %% ../nbs/94e_suite.ipynb #476b6277
+def asked_of(lm: LM, **what: object) -> dict:
+    "The first line of a file of marks: which model was asked, and what."
+    return {"model": lm.parents, "kind": repr(lm), "tokenizer": lm.tokenizer.hash, **what}
+
 def run_benchmark(lm: LM, path: Path, out: Path, limit: int | None = None, batch_size: int = 16, prefix: bool = True) -> dict:
     "The figures of one file; marks are kept in `out`/NAME.marks.jsonl, and those that are there already are not asked again."
     rows = read_rows(path, limit)
-    header = {"model": lm.parents, "kind": repr(lm), "file": sha256_file(path), "limit": limit, "batch_size": batch_size, "prefix": prefix}
+    header = asked_of(lm, file=sha256_file(path), limit=limit, batch_size=batch_size, prefix=prefix)
     orders = is_orders(rows[0])
     ask = (lambda part: obeyed(lm, part, batch_size)) if orders else \
         (lambda part: answer_questions(lm, [question_of(row) for row in part], batch_size, prefix))
-    return figures_of(rows, mark_all(ask, rows, header, out / f"{path.stem}.marks.jsonl", 32 if orders else 512))
+    return figures_of(rows, mark_all(ask, rows, header, out / f"{path.stem}.marks.jsonl", 32 if orders else CHUNK))
+
+# %% ../nbs/94e_suite.ipynb #354a737e
+def draw_suite(results: dict[str, dict]) -> Figure:
+    "Centred scores with 95 % intervals: 0 is guessing, 1 is perfect."
+    fig, ax = rows_figure(list(results), "centred score: 0 is guessing, 1 is perfect")
+    for y, name in enumerate(results):
+        r, metric = results[name], results[name]["metric"]
+        score, half = r.get(f"{metric}_centred", r[metric]), 1.96 * r.get(f"{metric}_stderr", 0) / (1 - r["random"])
+        ax.plot([score - half, score + half], [y, y], color="#9ecae1", lw=4, solid_capstyle="round")
+        ax.plot(score, y, "o", color="#2171b5" if score - half > 0 else "#999", ms=6)
+    ax.axvline(0, color="#444", lw=0.8)
+    ax.grid(axis="x", lw=0.3)
+    return fig
 
 # %% ../nbs/94e_suite.ipynb #f1c42f25
 def run_suite(lm: LM, where: str | Path, out: str | Path, names: list[str] | None = None, limit: int | None = None, batch_size: int = 16,
               prefix: bool = True, say: Callable[[str], None] = lambda line: None) -> dict[str, dict]:
-    """Run every benchmark of a folder; write `out`/results.json and results.md and return the figures. `say` is told of each that is
+    """Run every benchmark of a folder; write `out`/results.json, .md and .png and return the figures. `say` is told of each that is
     finished. Stopped at any moment, the same call goes on. Raises `SLMError`."""
     files, out, results = find_benchmarks(where, names), Path(out), {}
     out.mkdir(parents=True, exist_ok=True)
@@ -115,6 +134,7 @@ def run_suite(lm: LM, where: str | Path, out: str | Path, names: list[str] | Non
         say(suite_table({name: results[name]}).splitlines()[-1])
         write_json(out / "results.json", {"model": lm.parents, "limit": limit, "prefix": prefix, "results": results})
     with atomic_file(out / "results.md") as page: page.write(suite_table(results) + "\n")
+    draw_suite(results).savefig(out / "results.png")
     return results
 
 def suite_table(results: dict[str, dict]) -> str:
@@ -127,18 +147,16 @@ def suite_table(results: dict[str, dict]) -> str:
         lines.append(f"| {name} | {r['n']:,} | {metric} | {100 * r[metric]:.1f}{plus} | {100 * r['random']:.1f} | {score} |")
     return "\n".join(lines)
 
-# %% ../nbs/94e_suite.ipynb #354a737e
-def draw_suite(results: dict[str, dict]) -> Figure:
-    "Centred scores with 95 % intervals: 0 is guessing, 1 is perfect."
-    fig = Figure(figsize=(6.6, 0.8 + 0.32 * len(results)), dpi=90, layout="constrained")
-    ax, names = fig.subplots(), list(results)[::-1]
-    for y, name in enumerate(names):
-        r, metric = results[name], results[name]["metric"]
-        score, half = r.get(f"{metric}_centred", r[metric]), 1.96 * r.get(f"{metric}_stderr", 0) / (1 - r["random"])
-        ax.plot([score - half, score + half], [y, y], color="#9ecae1", lw=4, solid_capstyle="round")
-        ax.plot(score, y, "o", color="#2171b5" if score - half > 0 else "#999", ms=6)
-    ax.axvline(0, color="#444", lw=0.8)
-    ax.set(yticks=range(len(names)), yticklabels=names, xlabel="centred score: 0 is guessing, 1 is perfect", ylim=(-0.6, len(names) - 0.4))
-    ax.grid(axis="x", lw=0.3)
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    return fig
+# %% ../nbs/94e_suite.ipynb #95b91730
+def run_texts(lm: LM, names: list[str], out: str | Path, limit: int | None = None, batch_size: int = 16, seed: int = 0) -> dict[str, dict]:
+    """The figures of `domain_docs`, all together and by domain, written to `out`/text.json, .md and .png. Stopped at any moment, the
+    same call goes on. Raises `DataError` where there is no text."""
+    docs, out = domain_docs(names, limit, seed), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    header = asked_of(lm, docs=config_hash([[doc["domain"], doc["text"]] for doc in docs]), batch_size=batch_size)
+    ask = lambda part: document_marks(lm, part, batch_size)
+    found = by_domain(mark_all(ask, docs, header, out / "text.marks.jsonl", 64))
+    write_json(out / "text.json", {"model": lm.parents, "limit": limit, "results": found})
+    with atomic_file(out / "text.md") as page: page.write(domain_table(found) + "\n")
+    draw_domains(found).savefig(out / "text.png")
+    return found

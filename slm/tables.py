@@ -17,7 +17,7 @@ from .model import TransformerLM
 from .sample import LM
 
 # %% auto #0
-__all__ = ['COLORS', 'cosines', 'neighbours', 'plane', 'draw_plane', 'router_map', 'draw_router']
+__all__ = ['COLORS', 'cosines', 'neighbours', 'draw_neighbours', 'plane', 'draw_plane', 'router_map', 'draw_router']
 
 # %% ../nbs/95e_tables.ipynb #a0825efa
 @torch.no_grad()
@@ -33,6 +33,22 @@ def neighbours(lm: LM, token: int, n: int = 8) -> list[tuple[int, str, float]]:
     row[token] = -2
     best = row.topk(n)
     return list(zip(best.indices.tolist(), token_labels(lm.tokenizer, best.indices), best.values.tolist(), strict=True))
+
+# %% ../nbs/95e_tables.ipynb #5e2de66e
+def draw_neighbours(lm: LM, tokens: list[int], n: int = 8) -> Figure:
+    "A row for each of some ids: its `n` nearest neighbours, the nearest on the left, the darker the nearer."
+    tokens, n = list(dict.fromkeys(tokens)), min(n, lm.tokenizer.vocab_size - 1)
+    rows = [neighbours(lm, token, n) for token in tokens]
+    fig = Figure(figsize=(1.6 + 0.72 * n, 0.6 + 0.3 * len(rows)), dpi=90, layout="constrained")
+    ax = fig.subplots()
+    picture = ax.imshow([[cosine for *_, cosine in row] for row in rows], cmap="BuPu", vmin=0, vmax=1, aspect="auto")
+    for y, x in [(y, x) for y in range(len(rows)) for x in range(n)]:
+        ax.text(x, y, rows[y][x][1], ha="center", va="center", fontsize=8, color="white" if rows[y][x][2] > 0.6 else "black")
+    ax.set(xticks=[], yticks=range(len(rows)))
+    ax.set_yticklabels(token_labels(lm.tokenizer, tokens), fontsize=9)
+    ax.tick_params(length=0)
+    fig.colorbar(picture, label="cosine", pad=0.01)
+    return fig
 
 # %% ../nbs/95e_tables.ipynb #8e8edd64
 @torch.no_grad()

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from .artifacts import step_folders
@@ -22,8 +25,8 @@ from .tables import draw_plane, plane
 from .tokenizer import Tokenizer
 
 # %% auto #0
-__all__ = ['log_steps', 'Snapshots', 'open_snapshots', 'over_time', 'attention_film', 'draw_attention_film', 'lens_film',
-           'draw_lens_film', 'sample_film', 'embedding_film', 'draw_embedding_film']
+__all__ = ['log_steps', 'Snapshots', 'open_snapshots', 'over_time', 'attention_film', 'draw_attention_film', 'head_that_moved',
+           'lens_film', 'draw_lens_film', 'sample_film', 'draw_sample_film', 'embedding_film', 'draw_embedding_film']
 
 # %% ../nbs/95f_timelapse.ipynb #1ee9def9
 def log_steps(last: int) -> list[int]:
@@ -38,15 +41,16 @@ class Snapshots:
         self.folder, self.wanted = Path(folder), set(log_steps(last))
 
     def __call__(self, model: TransformerLM, tokenizer: Tokenizer, step: int) -> None:
-        if step in self.wanted:
-            LM(model, tokenizer, {"step": step}).save(self.folder / f"step-{step:08d}")
+        path = self.folder / f"step-{step:08d}"
+        if step in self.wanted and not path.exists():                  # a run that went on passes some steps twice, with the same bits
+            LM(model, tokenizer, {"step": step}).save(path)
 
 # %% ../nbs/95f_timelapse.ipynb #f112d3fc
 def open_snapshots(folder: str | Path, most: int = 12) -> list[tuple[int, LM]]:
     "(step, model) of the snapshots or checkpoints in a folder, oldest first, at most `most` of them spread evenly. Raises `SLMError`."
     found = step_folders(folder)
     if len(found) < 2:
-        raise SLMError(f"{folder} holds {len(found)} snapshots, but a film needs two: train with keep set high, or with Snapshots")
+        raise SLMError(f"{folder} holds {len(found)} snapshots, but a film needs two: train with slm pretrain --film, or with Snapshots")
     n = min(most, len(found))
     picked = [round(i * (len(found) - 1) / (n - 1)) for i in range(n)]
     return [(found[i][0], load(found[i][1])) for i in picked]
@@ -72,15 +76,23 @@ def attention_film(film: list[tuple[int, LM]], text: str, layer: int, head: int)
 
 # %% ../nbs/95f_timelapse.ipynb #b511862d
 def draw_attention_film(film: list[tuple[int, LM]], text: str, layer: int, head: int) -> Figure:
-    "The same as a strip of maps; the tokens stand at the first one of each row."
+    "The same as a strip of maps; the tokens stand at the first one of each row, where they are at most 24."
     fig, axes = _strip(film, 1.9, 2.1)
     labels = token_labels(film[0][1].tokenizer, film[0][1].prompt_ids(text))
     for i, (ax, shares) in enumerate(zip(axes, attention_film(film, text, layer, head))):
         ax.imshow(shares.cpu(), cmap="Blues", vmin=0, vmax=1)
-        ax.set(xticks=[], yticks=range(len(labels)) if i % 5 == 0 else [])
-        if i % 5 == 0: ax.set_yticklabels(labels, fontsize=5.5)
+        told = i % 5 == 0 and len(labels) <= 24                                       # more would stand upon each other
+        ax.set(xticks=[], yticks=range(len(labels)) if told else [])
+        if told: ax.set_yticklabels(labels, fontsize=5.5)
         ax.tick_params(length=0)
     return fig
+
+# %% ../nbs/95f_timelapse.ipynb #05d03ccb
+def head_that_moved(film: list[tuple[int, LM]], text: str) -> tuple[int, int]:
+    "(layer, head) whose map of a text differs most between the first and the last snapshot."
+    first, last = (torch.stack(capture(lm.model, lm.prompt_ids(text)).maps)[:, 0] for lm in (film[0][1], film[-1][1]))
+    moved = (last - first).abs().sum((-1, -2))                                                  # (L, H)
+    return divmod(int(moved.argmax()), moved.shape[1])
 
 # %% ../nbs/95f_timelapse.ipynb #7a403a5e
 def lens_film(film: list[tuple[int, LM]], text: str) -> list[Tensor]:
@@ -106,6 +118,21 @@ def draw_lens_film(film: list[tuple[int, LM]], text: str) -> Figure:
 def sample_film(film: list[tuple[int, LM]], prompt: str = "", **settings: object) -> list[tuple[int, str]]:
     "What each snapshot writes after a prompt, with the settings of `LM.generate`."
     return [(step, lm.generate(prompt, **settings)) for step, lm in film]
+
+# %% ../nbs/95f_timelapse.ipynb #afb8b0a6
+def draw_sample_film(film: list[tuple[int, LM]], prompt: str = "", width: int = 88, **settings: object) -> Figure:
+    "What each snapshot writes, oldest on top: the prompt in grey, the continuation in ink, cut to two lines."
+    written, said = sample_film(film, prompt, **settings), " ".join(prompt.split())
+    fig = Figure(figsize=(9.4, 0.44 * len(film) + 0.2), dpi=90)
+    ax = fig.add_axes((0.005, 0.01, 0.99, 0.98))
+    for y, (step, text) in enumerate(written):
+        lines = textwrap.wrap("".join(c if c.isprintable() and c != "\ufffd" else " " for c in said + text), width)[:2] or [said]
+        ax.add_patch(Rectangle((0, y), width + 12, 0.92, color="#f3f5f8" if y % 2 else "#fafbfc", lw=0))
+        ax.text(10, y + 0.48, f"step {step:,}", fontsize=9, ha="right", va="center", color="#2171b5")
+        ax.text(11.5, y + 0.48, "\n".join(lines), fontsize=8.5, family="monospace", va="center", parse_math=False)
+    ax.set(xlim=(0, width + 12), ylim=(len(film), 0))
+    ax.axis("off")
+    return fig
 
 # %% ../nbs/95f_timelapse.ipynb #4db4739b
 def embedding_film(film: list[tuple[int, LM]], ids: list[int]) -> list[Tensor]:

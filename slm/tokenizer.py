@@ -186,8 +186,11 @@ def tokenizer_class(name: str) -> type:
 
 # %% ../nbs/15_tokenizer.ipynb #86dda16f
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in a tokenizer.json, or in a folder that holds one. Raises ArtifactError or TokenizerError."""
+    """The tokenizer in a tokenizer.json, or in a folder that holds one, or GPT-2's two files. Raises ArtifactError or TokenizerError."""
+    pair = Path(path) / "vocab.json", Path(path) / "merges.txt"
     path = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+    if not path.exists() and all(map(Path.exists, pair)):
+        return BPETokenizer.from_files(*pair, ["<|endoftext|>"])
     data = read_json(path)
     with readable_file(str(path)):
         kind = data["model"]["type"]

@@ -9,6 +9,7 @@ import base64
 import fcntl
 import json
 import os
+import random
 import shutil
 import subprocess
 import time
@@ -22,12 +23,23 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this ma
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update",
          "--disable-sync", "--remote-debugging-pipe", "--window-size=1180,820", "--hide-scrollbars"]
-STORY = ("# The Red Kite\n\nOnce upon a time a fox named **Tom** had a *red kite*. One day the wind took it.\n\n"
-         "- He looked by the river.\n- He looked on the hill.\n\n> \"There it is!\" said Mia.\n\n"
-         "Tom said `thank you`, and they flew it together until the sun went down.")
+STORY = ("# The Red Kite\n\nOnce upon a time a fox named **WHO** had a *red kite*. One day the wind HOW.\n\n"
+         "- He looked by the river.\n- He looked WHERE.\n\n> \"There it is!\" said HELPER.\n\n"
+         "WHO said `thank you`, and they flew it together until WHEN.")
+CHANCES = {"WHO": ["Tom", "Tom", "Finn", "Pip"], "HOW": ["took it", "took it", "blew it away", "was too strong"],
+           "WHERE": ["on the hill", "on the hill", "in the woods", "behind the old mill"],
+           "WHEN": ["the sun went down", "the sun went down", "it was dark", "the stars came out"],
+           "HELPER": ["Mia", "Mia", "the owl", "his friend Mia"]}
 TALKS = [("Tell me a story about a fox who lost a kite.", STORY),
          ("Who is your best friend?", "My best friend is Mia. She has a blue boat."),
          ("Who has the kite?", "Tom has the kite, and Mia has the string."), ("Is it red?", "Yes, it is red 🪁 and very fast.")]
+
+
+def told(text: str, chance: random.Random) -> str:
+    """The text with every open place filled by chance, so that there is something to be unsure about."""
+    for place, words in CHANCES.items():
+        text = text.replace(place, chance.choice(words))
+    return text
 
 
 class Browser:
@@ -130,15 +142,18 @@ def parrot():
     from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer, render_chat
 
     seed_everything(0)
-    tok = BPETokenizer.train([" ".join(map(" ".join, TALKS)) * 3], vocab_size=400, special_tokens=SPECIAL_TOKENS, strict=False)
+    chance = random.Random(0)
+    tok = BPETokenizer.train([" ".join(" ".join((q, told(a, chance))) for q, a in TALKS) for _ in range(9)], vocab_size=480,
+                             special_tokens=SPECIAL_TOKENS, strict=False)
     model = TransformerLM(ModelConfig(vocab_size=tok.vocab_size, context_length=256, n_layer=2, n_head=2, d_model=96))
-    rows = [render_chat(tok, [{"role": "user", "content": q}, {"role": "assistant", "content": a}]) for q, a in TALKS]
-    width = max(len(ids) for ids, _ in rows)
-    ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in rows])
-    labels = torch.tensor([[t if m else -100 for t, m in zip(i, mask)] + [-100] * (width - len(i)) for i, mask in rows])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(90):
-        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    optimizer, end = torch.optim.AdamW(model.parameters(), lr=3e-3), -100
+    for _ in range(140):
+        talks = [(q, told(a, chance)) for q, a in (*TALKS[:1] * 2, *TALKS)]
+        rows = [render_chat(tok, [{"role": "user", "content": q}, {"role": "assistant", "content": a}]) for q, a in talks]
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in rows])
+        labels = torch.tensor([[t if m else end for t, m in zip(i, mask)] + [end] * (width - len(i)) for i, mask in rows])
+        loss = torch.nn.functional.cross_entropy(model(ids[:, :-1]).flatten(0, 1), labels[:, 1:].flatten(), ignore_index=end)
         optimizer.zero_grad(), loss.backward(), optimizer.step()
     return LM(model.eval(), tok)
 
@@ -220,9 +235,15 @@ def test_alternatives_at_a_token_and_branches(page):
     assert not page.run("return document.getElementById('card').hidden")
     page.key("Escape")
     assert page.run("return document.getElementById('card').hidden")
+    ask(page, TALKS[0][0])
     page.click("#tint")
+    page.mouse(5, 400)
+    strength = page.run("return [...document.querySelectorAll('.assistant:last-child .t')].map(t => ["
+                        "Number(t.style.getPropertyValue('--p')),"
+                        "Number(getComputedStyle(t).backgroundColor.match(/[\\d.]+\\)$/)[0].slice(0, -1))])")
+    assert min(p for p, _ in strength) < 0.6 < 0.95 < max(p for p, _ in strength)          # unsure here and there, and it shows:
+    assert all(abs(alpha - 0.75 * (1 - p)) < 0.02 for p, alpha in strength)
     page.shot("light-tint")
-    assert page.run("return document.body.classList.contains('tint')")
 
 
 def test_stop_retry_edit_and_errors(page, server):
@@ -238,6 +259,7 @@ def test_stop_retry_edit_and_errors(page, server):
     assert not server.service.scheduler.running         # stopping freed the slot
     page.mouse(*page.at(".user .said"))
     page.run("document.querySelector('.user .tools button[title^=Edit]').click()")
+    page.shot("light-edit")
     page.run("const f = document.querySelector('.turn textarea'); f.value = " + json.dumps(TALKS[1][0]))
     page.run("document.querySelector('.turn .main').click()")
     page.wait("document.querySelectorAll('.assistant').length === 1 && !document.getElementById('send').hidden")
@@ -247,6 +269,7 @@ def test_stop_retry_edit_and_errors(page, server):
     page.key("Enter")
     page.wait("document.querySelector('.fault')")
     assert "tokens" in page.run("return document.querySelector('.fault').innerText")
+    assert page.run("return document.querySelector('.fault button').getClientRects()[0].height") < 45         # on one line
     page.shot("light-fault")
 
 
@@ -262,10 +285,15 @@ def test_dark_narrow_settings_and_deletion(page):
     page.run("await new Promise(done => setTimeout(done, 300))")
     assert page.run("return document.documentElement.scrollWidth") <= 380          # nothing sticks out
     page.shot("dark-narrow")
+    page.click(".assistant .t", 4)
+    page.wait("!document.getElementById('card').hidden")
+    page.shot("dark-narrow-card")
+    page.key("Escape")
     page.run("document.getElementById('menu').click(); await new Promise(done => setTimeout(done, 300))")
     page.shot("dark-drawer")
     page.run("window.confirm = () => true; document.querySelector('#chats .small').click()")
     page.wait("document.getElementById('hello')")
+    page.run("await new Promise(done => setTimeout(done, 300))")
     page.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "light"}])
     page.shot("light-narrow-hello")
     ask(page, TALKS[3][0])
@@ -282,3 +310,33 @@ def test_what_a_user_writes_never_becomes_html(page):
     page.run("const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)")
     assert page.run("return window.ran") is None                              # the policy stops even a script that got in
     page.said.clear()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("SLM_CHAT"), reason="SLM_CHAT names no model, such as checkpoints/story")
+def test_picture_for_the_readme(tmp_path):
+    """`SLM_SLOW=1 SLM_CHAT=checkpoints/story SLM_SHOTS=nbs/images pytest tests/test_chat_page.py -k picture` draws nbs/images/chat.png."""
+    from slm.sample import load
+    from slm.serve import Background
+
+    with Background(load(os.environ["SLM_CHAT"]), "story") as url:
+        browser = Browser(tmp_path)
+        try:
+            browser.send("Emulation.setDeviceMetricsOverride", width=1000, height=600, deviceScaleFactor=1, mobile=False)
+            browser.open(url)
+            settings = {"temperature": 0.7, "seed": "3", "max_tokens": 400}
+            browser.run(f"localStorage.setItem('slm-settings', {json.dumps(json.dumps(settings))})")
+            browser.open(url)
+            browser.type("Write a story about a fox who lost a kite.")
+            browser.key("Enter")
+            browser.wait(f"{DONE} && document.querySelectorAll('.assistant .t').length", 120)
+            browser.click("#tint")
+            unsure = browser.run("const all = [...document.querySelectorAll('.assistant .t')];"
+                                 "const p = all.map(t => Number(t.style.getPropertyValue('--p')));"
+                                 "return p.findIndex((p, i) => i > 25 && p > 0.1 && p < 0.4)")
+            browser.run("document.getElementById('log').scrollTo({ top: 0, behavior: 'instant' })")
+            browser.mouse(*browser.at(".assistant .t", unsure))
+            browser.wait("!document.getElementById('card').hidden")
+            assert len(browser.shot("chat")) > 10_000
+        finally:
+            browser.close()

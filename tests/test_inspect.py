@@ -5,22 +5,25 @@ import math
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import slm
 from slm.capture import capture
+from slm.cli import app
 from slm.config import ModelConfig, SLMError
 from slm.heads import ablate, head_scores, without
 from slm.lens import attribute, entropy_bits, logit_lens
 from slm.loss import document_bits
 from slm.model import TransformerLM
-from slm.origins import Index, longest_match, matches, suffix_array
+from slm.origins import Index, copied_share, longest_match, matches, origins, suffix_array
 from slm.page import inspection, page, write_inspection
 from slm.sample import LM
-from slm.specimen import make_specimen, sentences
+from slm.specimen import make_specimen, prepare_specimen, sentences, specimen_source
 from slm.surprise import surprise
 from slm.timelapse import Snapshots, log_steps, open_snapshots
 
@@ -171,4 +174,36 @@ def test_the_page_keeps_text_as_text(lm):
 
 def test_long_texts_and_int8_models_have_a_page_too(lm):
     facts = inspection(LM(lm.quantize("int8").model, lm.tokenizer), " ".join(doc["text"] for doc in sentences("page", 40)), most=50)
-    assert facts["cut"] and facts["shape"][2] <= 51 and facts["pushes"] is None
+    assert facts["cut"] and facts["shape"][2] <= 51 and len(facts["pushes"]["terms"]) == facts["shape"][2]
+
+
+def test_attributions_sum_to_the_logit_of_int8_weights_too(lm):
+    small = lm.quantize("int8")
+    seen = capture(small.model, lm.prompt_ids("Mia and Tom went to the pond."))
+    for position, token in ((2, 300), (5, 40)):
+        assert attribute(small.model, seen, position, token)["total"] == pytest.approx(float(seen.logits[0, position, token]), abs=2e-4)
+
+
+def test_planted_canaries_are_found_and_the_score_tells_copies_from_new_text(tmp_path):
+    canary = "The secret of Ada is lamp kite lamp bell rope."
+    tok, pack = prepare_specimen(tmp_path, specimen_source(n=300, extra=[f"{canary} {doc['text']}" for doc in sentences("behind", 12)]))
+    index, copied = Index.of_pack(pack), sentences(0, 1)[0]["text"]
+    found = origins(SimpleNamespace(tokenizer=tok), index, canary)
+    assert found["share"] == 1 and canary in found["matches"][0]["passage"] and found["matches"][0]["count"] >= 11
+    assert copied_share(index, tok.encode(copied)) == 1
+    assert copied_share(index, tok.encode("Zzz qqq! 81 jumping %% wizards, never told.")) < 0.5
+
+
+def test_pretrain_keeps_a_film_and_inspect_shows_it_in_four_pictures(tmp_path, monkeypatch):
+    prepare_specimen(tmp_path, specimen_source(n=300))
+    monkeypatch.chdir(tmp_path)
+    run = lambda words: CliRunner().invoke(app, words.split(), catch_exceptions=False)
+    small = "--set model.n_layer=1 --set model.d_model=32 --set model.d_ff=64"
+    made = run("pretrain pack --tokenizer tokenizer.json --preset tiny --steps 6 --batch-size 4 --context-length 32 --out run --film -q "
+               + small)
+    assert made.exit_code == 0, made.output
+    assert [step for step, _ in open_snapshots("run/film")] == [0, 1, 2, 4, 6]
+    seen = run("inspect run --text Mia --film run/film --pack pack --out look")
+    assert seen.exit_code == 0, seen.output
+    drawn = {path.stem for path in (tmp_path / "look").glob("*.png")}
+    assert drawn >= {"film-attention", "film-lens", "film-samples", "film-embeddings", "origins", "neighbours", "ablation", "surprise"}

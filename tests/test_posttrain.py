@@ -12,6 +12,18 @@ import torch
 
 from slm.artifacts import ArtifactError, artifact_id, latest_checkpoint, lineage, save_checkpoint
 from slm.chat_mix import share_counts
+from slm.chat_rows import (
+    IGNORE,
+    SFTData,
+    SFTError,
+    build_sft,
+    chat_labels,
+    fitting_length,
+    pack_best_fit,
+    pack_in_order,
+    padding_share,
+    render_chats,
+)
 from slm.chats import ChatError, load_chats, load_pairs
 from slm.config import ModelConfig, to_dict
 from slm.dpo import DPOError, diagnose, dpo, dpo_loss, dpo_objective, inspect_pairs
@@ -32,19 +44,7 @@ from slm.preferences import (
     with_reference,
 )
 from slm.pretrain import load_model, read_log, train
-from slm.sft import (
-    IGNORE,
-    SFTData,
-    SFTError,
-    build_sft,
-    chat_labels,
-    fitting_length,
-    pack_best_fit,
-    pack_in_order,
-    padding_share,
-    render_chats,
-    sft,
-)
+from slm.sft import sft
 from slm.steps import accumulate, lm_loss
 from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer, render_chat
 
@@ -262,7 +262,7 @@ def test_bad_chats_are_one_sentence_with_the_row(row, words, tok, tmp_path, caps
     good = {"prompt": "red", "completion": "green"}
     path = tmp_path / "chats.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(json.dumps(r) for r in (good, row, good)).encode()))
-    for source, where in (([good, row, good], "row 2: "), (path, "row 2 of chats.jsonl.gz: ")):
+    for source, where in (([good, row, good], "row 2: "), (path, "line 2 of chats.jsonl.gz: ")):
         with pytest.raises(ChatError) as caught:
             load_chats(source)
         assert str(caught.value).startswith(where) and words in str(caught.value) and "\n" not in str(caught.value)
@@ -270,7 +270,7 @@ def test_bad_chats_are_one_sentence_with_the_row(row, words, tok, tmp_path, caps
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.jsonl", b'{"prompt": "red"', "row 1 of a.jsonl is not JSON"),
+    ("a.jsonl", b'{"prompt": "red"', "line 1 of a.jsonl is not JSON"),
     ("a.json", b"[1,", "a.json is not JSON"),
     ("a.jsonl", b"\xff\xfe\x00", "cannot be read"),
     ("a.jsonl", b"\n\n", "empty"),
