@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['HELP', 'SLASH', 'SETTINGS', 'WORDS', 'Conversation', 'make_room', 'slash', 'obey', 'leave', 'forget', 'set_seed',
            'show_history', 'undo', 'instruct', 'change_setting', 'save_talk', 'typed_lines', 'converse', 'retry',
-           'chat_command', 'pieces_of', 'sample_command', 'quantize_command', 'bench_decode_command']
+           'chat_command', 'constraint_of', 'one_way', 'through_engine', 'pieces_of', 'sample_command',
+           'quantize_command', 'bench_decode_command']
 
 # %% ../nbs/98g_decode_cli.ipynb #3ce6e47b
 import json, sys
@@ -213,19 +214,63 @@ WORDS |= dict(
 )
 
 # %% ../nbs/98g_decode_cli.ipynb #89b9ddab
-def pieces_of(lm: object, prompt: str, fast: bool, settings: dict) -> Iterator[str]:
-    """The continuation of a prompt piece by piece, by the plain model or by an engine with the compiled step."""
-    if not fast:
-        yield from lm.stream(prompt, **settings)
-        return
+WORDS |= dict(
+    regex=Word("Only a text that this pattern matches as a whole.", shown="PATTERN"),
+    choices=Word("Only one of these texts. Repeat it for each.", shown="TEXT"),
+    json_schema=Word("Only JSON that fits: a schema, @FILE, or - for stdin.", shown="SCHEMA"),
+    grammar=Word("Only what the rule start stands for: a grammar, @FILE, or - for stdin.", shown="GRAMMAR"),
+    backend=Word("Who reads the constraint: slm, or llguidance for the rest of the JSON Schema standard."),
+    beams=Word("Search for the likeliest text with so many beginnings.", low=1),
+    best_of=Word("Write so many texts, show the one that the model finds likeliest.", low=1),
+    logprobs=Word("One token a line, with its log-probability and so many alternatives.", low=1, high=100),
+    draft=Word("A smaller model that guesses ahead; the text stays distributed as without.", shown="CHECKPOINT"),
+    lookup=Word("Guess ahead from the text itself; the text stays distributed as without."),
+)
+
+# %% ../nbs/98g_decode_cli.ipynb #748314ca
+def constraint_of(lm: object, backend: str = "slm", **given: object) -> object | None:
+    """The one constraint that was asked for, for the model's tokenizer, or None. Raises SLMError."""
+    asked = {name: value for name, value in given.items() if value}
+    if not asked: return None
+    from slm.constrain import compile_constraint
+    read = {"choices": list, "json_schema": read_text, "grammar": read_text}
+    return compile_constraint(lm.tokenizer, backend=backend, **{name: read.get(name, str)(value) for name, value in asked.items()})
+
+def one_way(**ways: object) -> str:
+    """The one of several ways of writing that was asked for, `plain` when none was. Raises SLMError for two."""
+    from slm.config import SLMError
+    asked = [name for name, wanted in ways.items() if wanted]
+    if len(asked) > 1: raise SLMError(f"{' and '.join(asked)} cannot be combined: choose one")
+    return asked[0] if asked else "plain"
+
+# %% ../nbs/98g_decode_cli.ipynb #cd23543b
+def through_engine(lm: object, prompt: str, settings: dict, constraint: object = None, logprobs: int | None = None) -> Iterator[str]:
+    """The text after a prompt, by an engine; with `logprobs`, a line for each token: itself, log-probability, alternatives."""
     from slm.engine import Engine
     from slm.sample import sampling_of
-    engine = Engine(lm if lm.reader else lm.compile("int8"), slots=1)
-    engine.submit(lm.prompt_ids(prompt), sampling_of(settings))
+    engine, show = Engine(lm, slots=1), lambda token: repr(lm.tokenizer.decode([token]))
+    engine.submit(lm.prompt_ids(prompt), sampling_of(settings), constraint=constraint, top_logprobs=logprobs)
     while not engine.idle:
-        yield from (event.text for event in engine.step())
+        for event in engine.step():
+            if logprobs is None: yield event.text
+            elif event.token is not None:
+                others = "  ".join(f"{show(token)} {value:.2f}" for token, value in event.top)
+                yield f"\n{show(event.token):16}{event.logprob:7.2f}   {others}"
 
-# %% ../nbs/98g_decode_cli.ipynb #229cac09
+def pieces_of(lm: object, prompt: str, settings: dict, constraint: object = None, way: str = "plain", number: int = 1,
+              draft: object = None) -> Iterator[str]:
+    """The continuation of a prompt piece by piece: plain, compile, beams, best-of (`number` of them), draft, lookup or logprobs."""
+    if constraint is not None and way in ("beams", "draft", "lookup"):
+        from slm.config import SLMError
+        raise SLMError(f"{way} cannot be held to a constraint: leave one of them out")
+    if way in ("beams", "best-of"): return iter([lm.generate(prompt, constraint=constraint, **{way.replace("-", "_"): number}, **settings)])
+    if way == "logprobs": return through_engine(lm, prompt, settings, constraint, number)
+    if way == "compile": return through_engine(lm if lm.reader else lm.compile("int8"), prompt, settings, constraint)
+    if way == "plain": return lm.stream(prompt, constraint=constraint, **settings)
+    from slm.speculate import speculate
+    return speculate(lm, prompt, draft, **settings)
+
+# %% ../nbs/98g_decode_cli.ipynb #b134878e
 @command(app, "sample", prompt=Word("How the text begins: words, @FILE, or - for stdin.", "p"),
          number=Word("How many texts; their seeds are SEED, SEED + 1, …", low=1),
          fast=Word("Compile a fused int8 step first: a minute's wait the first time, then many times faster.", long="compile"))
@@ -233,36 +278,49 @@ def sample_command(
     checkpoint: Optional[Path] = None, *, prompt: str = "Once upon a time", number: int = 1, max_new_tokens: int = 200,
     temperature: float = 0.8, top_k: Optional[int] = None, top_p: Optional[float] = None, min_p: Optional[float] = None,
     typical_p: Optional[float] = None, repetition_penalty: float = 1.0, presence_penalty: float = 0.0, frequency_penalty: float = 0.0,
-    no_repeat_ngram: Optional[int] = None, stop: list[str] = (), fast: bool = False, seed: int = 0,
+    no_repeat_ngram: Optional[int] = None, stop: list[str] = (), regex: Optional[str] = None, choices: list[str] = (),
+    json_schema: Optional[str] = None, grammar: Optional[str] = None, backend: str = "slm", beams: int = 1, best_of: int = 1,
+    logprobs: Optional[int] = None, draft: Optional[Path] = None, lookup: bool = False, fast: bool = False, seed: int = 0,
 ) -> None:
     """Let a model go on from a prompt.
+
+    A low temperature is careful, a high one wild. A constraint (regex, choices, JSON Schema, grammar) makes any other text
+    impossible. Beams and best-of look for likely texts; draft and lookup write the same kind of text in fewer steps.
 
     \b
     slm sample --prompt "The dragon was" -n 100 --temperature 0.6
     slm sample checkpoints/book --number 3 --seed 7 --no-repeat-ngram 4
+    slm sample --prompt "Born on " --regex "[0-9]{4}-(0[1-9]|1[0-2])"
+    slm sample --json-schema @person.json --temperature 1
     """
     import slm
     settings = {name: value for name, value in locals().items() if name in SETTINGS} | {"stop": tuple(stop)}
+    way = one_way(**{"beams": beams > 1, "best-of": best_of > 1, "logprobs": logprobs, "draft": draft, "lookup": lookup, "compile": fast})
     lm, begin = slm.load(choose_checkpoint(checkpoint)), read_text(prompt)
+    constraint = constraint_of(lm, backend, regex=regex, choices=choices, json_schema=json_schema, grammar=grammar)
+    how = (constraint, way, logprobs or max(beams, best_of), draft and slm.load(draft))
     for i in range(number):
         write(begin if i == 0 else f"\n\n{begin}")
-        for piece in pieces_of(lm, begin, fast, settings | {"seed": seed + i}):
-            write(piece)
+        for piece in pieces_of(lm, begin, settings | {"seed": seed + i}, *how): write(piece)
     write("\n")
 
 # %% ../nbs/98g_decode_cli.ipynb #3a3a8645
-@command(app, "quantize", out=Word("Folder to write. Default: NAME-int8 beside the checkpoint.", "o"))
-def quantize_command(checkpoint: Optional[Path] = None, *, out: Optional[Path] = None) -> None:
-    """Store weights as 8-bit integers: a quarter of the size.
+@command(app, "quantize", out=Word("Folder to write. Default: NAME-KIND beside the checkpoint.", "o"),
+         kind=Word("int8: a quarter of the size, the same words. int4: a seventh of the size, a few per cent more bits per byte.", "k"),
+         group_size=Word("Weights that share a scale. Default: a row for int8, 32 for int4.", low=1))
+def quantize_command(checkpoint: Optional[Path] = None, *, kind: str = "int8", group_size: Optional[int] = None,
+                     out: Optional[Path] = None) -> None:
+    """Store weights as integers of 8 or 4 bits: smaller, nearly as good.
 
     \b
     slm quantize checkpoints/book --out checkpoints/book-int8
+    slm quantize checkpoints/book --kind int4
     """
     import slm
     from slm.quantize import size_bytes
     source = choose_checkpoint(checkpoint)
-    lm, target = slm.load(source), Path(out or source.with_name(source.name + "-int8"))
-    small = lm.quantize("int8")
+    lm, target = slm.load(source), Path(out or source.with_name(f"{source.name}-{kind}"))
+    small = lm.quantize(kind, group_size)
     before, after = size_bytes(lm.model), size_bytes(small.model)
     small.save(target)
     print(f"{target}  ·  {before:,} → {after:,} bytes ({after / before:.0%})")

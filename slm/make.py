@@ -167,14 +167,16 @@ def held_out(pack: object, tok: object) -> tuple[list[list[int]], list[int]]:
     docs = list(pack.documents("val", 48))
     return docs, [len(tok.decode_bytes(doc[1:-1])) for doc in docs]
 
+# %% ../nbs/98b_make.ipynb #7ddc9d0c
 def start_pretraining(pack_dir: Path, tok_dir: Path, preset_name: str, shape: list[str], config: object, out: Path, quiet: bool,
-                      film: bool = False, **more) -> dict:
+                      film: bool = False, rows: str = "aligned", masks: bool = False, **more) -> dict:
     """Build the model that a preset and settings describe, and train it on a pack; `more` goes to `train`, whose summary is returned.
-    `film` keeps log-spaced snapshots in `out`/film."""
+    `film` keeps log-spaced snapshots in `out`/film; `rows` and `masks` are the loader's."""
     from functools import partial
     from slm.artifacts import artifact_id
     from slm.config import override, preset, seed_everything
     from slm.data import Pack
+    from slm.loading import Ahead, Loader
     from slm.model import TransformerLM
     from slm.pretrain import bits_per_byte, lm_loss, train
     from slm.sample import LM
@@ -183,7 +185,7 @@ def start_pretraining(pack_dir: Path, tok_dir: Path, preset_name: str, shape: li
     model_config = override(preset(preset_name), [f"vocab_size={tok.vocab_size}", *shape])
     seed_everything(config.seed)
     docs, sizes = held_out(pack, tok)
-    batch_at = lambda step: pack.batch("train", config.seed, step, config.batch_size, config.context_length)
+    batch_at = Ahead(Loader(pack, "train", config.context_length, config.batch_size, rows, config.seed, masks=masks).batch)
     evaluate = (lambda model: bits_per_byte(model, docs, sizes)) if docs else None
     sample = lambda model: LM(model, tok).generate("Once upon a time", max_new_tokens=40, seed=config.seed)
     model = TransformerLM(model_config)

@@ -14,6 +14,7 @@ from .dpo import build_preferences, dpo
 from .files import atomic_file, read_json, write_json
 from .ground import seed_everything
 from .judge import judge, preferences
+from .loading import Ahead, Loader
 from .model import TransformerLM, copier_init
 from .pipeline import output
 from .pretrain import bits_per_byte, lm_loss, read_log, train
@@ -102,7 +103,8 @@ def make_pretrain(run: Run) -> str:
     pack, c = Pack(run.path("pack")), run.config.pretrain
     seed_everything(run.config.seed)
     model = copier_init(TransformerLM(run.config.model))
-    batch_at = lambda step: pack.batch("train", c.seed, step, *pretrain_rows(run, step))
+    loader = lambda rows, width: Loader(pack, "train", width, rows, seed=c.seed)        # its table of rows is kept by the pack
+    batch_at = Ahead(lambda step: loader(*pretrain_rows(run, step)).batch(step))
     parents, files = {"pack": run.record("pack")["output"]}, {"tokenizer.json": run.path("tokenizer") / "tokenizer.json"}
     done = train(model, batch_at, lm_loss, c, run.path("pretrain"), parents=parents, files=files, title="pretrain", quiet=run.quiet,
                  **train_hooks(run))

@@ -26,6 +26,7 @@ from .interop import export_model, format_of, import_model
 from .loss import bits_per_byte
 from .model import TransformerLM, count_parameters
 from .quantize import open_model, quantize_model, save_model, size_bytes, weight_kind
+from .search import beam_search, best_of
 from .strategies import SampleError, Sampling
 from .tokenizer import Tokenizer, load_tokenizer, render_chat
 
@@ -131,6 +132,19 @@ class Writer:
                      self.tokenizer.vocab_size, on_token, constraint)
         return [text + stream.close() for text, stream in zip(texts, streams, strict=True)]
 
+# %% ../nbs/92_sample.ipynb #114fe161
+class Writer(Writer):
+    "A model and its tokenizer, writing text after given ids: the engine inside `LM`."
+
+    def found(self, ids: list[int], sampling: Sampling, beams: int = 1, n: int = 1, constraint: object = None) -> str:
+        "The text of the best answer after ids, by beam search or as the best of n. Raises `SampleError`."
+        if beams != 1 and (n != 1 or constraint is not None): raise SampleError("beams go neither with best_of nor with a constraint")
+        more = dict(stop_ids=self.stop_ids, n_vocab=self.tokenizer.vocab_size)
+        if beams != 1: answers = beam_search(self.model, ids, beams, sampling.max_new_tokens, **more)
+        else: answers = best_of(self.model, ids, n, sampling, constraint=constraint, **more)
+        stream = TextStream(self.tokenizer, sampling.stop)
+        return "".join(map(stream.push, answers[0][0])) + stream.close()
+
 # %% ../nbs/92_sample.ipynb #7a403397
 class Talker(Writer):
     """Prompts and conversations in, text out. Every method takes the fields of `Sampling` as keyword arguments, and a `constraint`
@@ -148,9 +162,10 @@ class Talker(Writer):
         "The continuation of a prompt piece by piece; the generator returns why it ended: stop, length or context."
         return self.pieces(self.prompt_ids(prompt), sampling_of(settings), constraint)
 
-    def generate(self, prompt: str = "", *, constraint: object = None, **settings) -> str:
-        "The continuation of a prompt, without the prompt."
-        return "".join(self.stream(prompt, constraint=constraint, **settings))
+    def generate(self, prompt: str = "", *, constraint: object = None, beams: int = 1, best_of: int = 1, **settings) -> str:
+        "The continuation of a prompt, without it; the likeliest that so many `beams` find, or the likeliest of `best_of` answers."
+        if beams == best_of == 1: return "".join(self.stream(prompt, constraint=constraint, **settings))
+        return self.found(self.prompt_ids(prompt), sampling_of(settings), beams, best_of, constraint)
 
     def chat_stream(self, messages: list[dict], *, constraint: object = None, **settings) -> Iterator[str]:
         "The assistant's answer piece by piece."

@@ -15,11 +15,12 @@ from .decode import check_prompts
 from .engine import shared_length
 from .ground import rng
 from .model import TransformerLM
+from .sample import Talker, TextStream, sampling_of
 from .slots import SlotCache, read_slots
-from .strategies import Past, Sampling, pick_tokens, shape_logits
+from .strategies import Past, SampleError, Sampling, pick_tokens, shape_logits
 
 # %% auto #0
-__all__ = ['draw', 'verify', 'Lookup', 'DraftModel', 'Speculator']
+__all__ = ['draw', 'verify', 'Lookup', 'DraftModel', 'Speculator', 'speculate']
 
 # %% ../nbs/93c_speculate.ipynb #8ff21291
 def draw(weights: Tensor, u: float) -> int:
@@ -91,3 +92,17 @@ class Speculator:
                 text.append(token)
                 yield token
             cache.keep(0, len(text) - 1)
+
+# %% ../nbs/93c_speculate.ipynb #28396e01
+def speculate(lm: Talker, prompt: str, draft: Talker | None = None, k: int = 4, **settings) -> Iterator[str]:
+    "The continuation of a prompt piece by piece, up to k guesses a pass by the model `draft`, or by lookup. Raises `SampleError`."
+    if draft is not None and draft.tokenizer.vocab != lm.tokenizer.vocab:
+        raise SampleError("the draft has another tokenizer than the model: use one that was trained with the same")
+    sampling = sampling_of(settings)
+    guesser = Lookup() if draft is None else DraftModel(draft.model, sampling, sampling.seed)
+    stream = TextStream(lm.tokenizer, sampling.stop)
+    tokens = Speculator(lm.model, guesser, k).write(lm.prompt_ids(prompt), sampling, lm.stop_ids, lm.tokenizer.vocab_size)
+    for token in tokens:
+        if piece := stream.push(token): yield piece
+        if stream.filter.stopped: break
+    if piece := stream.close(): yield piece

@@ -198,6 +198,14 @@ def test_loader_is_a_function_of_seed_and_step(here):
         assert not (one.batch(5)["ids"] == other.batch(5)["ids"]).all(), rule
 
 
+def test_training_takes_its_rows_from_the_loader(here):
+    expect_ok("data prepare storyworld --max-docs 60 --vocab-size 300 --val-fraction 0.1 --out s")
+    words = "pretrain s/pack --preset tiny --steps 2 --batch-size 2 --context-length 64 --quiet --out"
+    for number, rule in enumerate((*ROWS, "random")):
+        expect_ok(f"{words} r{number} --rows {rule} --masks")
+    assert "did you mean 'fitted'" in expect_refusal(f"{words} x --rows fited")
+
+
 def test_doctor_on_the_command_line(here):
     Path("pages").mkdir()
     told = [*rows(30), "cafÃ© " * 3 + rows(1)[0], "", rows(3)[2]]

@@ -1,6 +1,7 @@
 """Sampling and INT8: strategies against definitions, engine against naive loop, streams against whole answers, files against memory."""
 from __future__ import annotations
 
+import itertools
 import json
 import math
 
@@ -37,6 +38,7 @@ from slm.sample import (
     top_p_filter,
     typical_filter,
 )
+from slm.search import beam_search, best_of, mean_logprobs
 from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer
 
 SHAPES = {
@@ -469,7 +471,7 @@ def wrong(lm, tmp_path):
         "temperature is -1": lambda: lm.generate("a", temperature=-1), "top_k is 0": lambda: lm.generate("a", top_k=0),
         "finite number": lambda: lm.generate("a", top_p=float("nan")), "max_new_tokens is 0": lambda: lm.chat(chat, max_new_tokens=0),
         "tokens, but": lambda: lm.stream("fox " * 500), "must be text": lambda: lm.stream(None), "surrogate": lambda: lm.generate("\ud800"),
-        "stop text is empty": lambda: lm.generate("a", stop=""), "int8 is the one": lambda: lm.quantize("int4"),
+        "stop text is empty": lambda: lm.generate("a", stop=""), "choose int8 or int4": lambda: lm.quantize("int5"),
         "int8 already": lambda: lm.quantize().quantize(), "does not divide": lambda: lm.quantize(group_size=7),
         "seeds": lambda: generate_ids(lm.model, [[0], [0]], seeds=[1]), "has no tokens": lambda: generate_ids(lm.model, [[0], []]),
         "no bits per byte": lambda: lm.bits_per_byte(""), "unknown device": lambda: load(tmp_path / "runs" / "story", device="gpu"),
@@ -514,3 +516,38 @@ def test_weights_of_another_model_are_refused(lm, tmp_path):
         change(tensors)
         with pytest.raises(SLMError, match="embed.q|extra"):
             quantized_from_state(saved.state["model_config"], tensors)
+
+
+# ------------------------------------------------------------------------------------------------------------------ searches
+@pytest.mark.parametrize("seed", range(4))
+def test_beam_search_against_every_answer(seed):
+    """A vocabulary of four, at most four tokens: with room for all beginnings the search finds the very best answers, in order."""
+    model = babbler(vocab_size=4, n_layer=1)
+    prompt = random_prompts(1, 4, 4, seed)[0]
+    answers = [a for n in range(5) for a in itertools.product((1, 2, 3), repeat=n)]
+    whole = {a: [*prompt, *a, *([0] if len(a) < 4 else [])] for a in answers}              # shorter ones end with the stop token
+
+    def chance(ids: list[int]) -> float:
+        with torch.inference_mode():
+            logp = model(torch.tensor([ids]))[0].double().log_softmax(-1)
+        return float(sum(logp[i - 1, ids[i]] for i in range(len(prompt), len(ids))))
+
+    truth = sorted(((list(a), chance(ids)) for a, ids in whole.items()), key=lambda x: -x[1])
+    found = beam_search(model, prompt, 81, 4, (0,))
+    assert found[0][0] == truth[0][0]
+    true = {tuple(a): total for a, total in truth}
+    assert all(abs(total - true[tuple(a)]) < 1e-4 for a, total in found)
+    greedy = generate_naive(model, prompt, Sampling(temperature=0, max_new_tokens=4), (0,))
+    assert beam_search(model, prompt, 1, 4, (0,))[0][0] == greedy
+    assert true[tuple(greedy)] <= found[0][1] + 1e-6
+
+
+def test_best_of_is_the_likeliest_of_the_single_answers(lm):
+    how = dict(max_new_tokens=12, temperature=1.2)
+    best = lm.generate("Once", best_of=5, seed=3, **how)
+    singles = [lm.generate("Once", seed=3 + i, **how) for i in range(5)]
+    assert best in singles
+    ranked = best_of(lm.model, lm.prompt_ids("Once"), 5, Sampling(seed=3, **how), lm.stop_ids, lm.tokenizer.vocab_size)
+    assert [m for _, m in ranked] == sorted((m for _, m in ranked), reverse=True)
+    alone = [mean_logprobs(lm.model, lm.prompt_ids("Once"), [answer])[0] for answer, _ in ranked]
+    assert max(abs(a - b) for a, (_, b) in zip(alone, ranked, strict=True)) < 1e-5
