@@ -71,7 +71,7 @@ def test_help_teaches(words, command):
 def test_all_commands_are_there():
     alone = {"run", "chat", "sample", "plan", "pretrain", "sft", "dpo", "quantize", "export", "import", "eval", "lineage", "test"}
     families = {"tokenizer train", "tokenizer encode", "tokenizer show", "tokenizer bench", "tokenizer compare", "data prepare",
-                "data check", "bench decode", "bench train", "bench shakespeare"}
+                "data check", "data list", "bench decode", "bench train", "bench shakespeare"}
     later = {"verify-resume", "ablate", "scale", "doctor", "inspect", "serve", "grpo", "judge"}
     assert {" ".join(words) for words, _ in COMMANDS} == alone | families | later
     assert all(words[-1] in expect_ok("--help") or words[0] in expect_ok("--help") for words, _ in COMMANDS)
