@@ -19,6 +19,7 @@ import slm.decode_cli  # noqa: F401
 import slm.lab_cli  # noqa: F401
 import slm.look_cli  # noqa: F401
 import slm.make  # noqa: F401
+import slm.post_cli  # noqa: F401
 import slm.serve_cli  # noqa: F401
 import slm.train_cli  # noqa: F401
 from .shell import STOPPED, Word, app, command, duration, write

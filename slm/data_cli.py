@@ -209,7 +209,7 @@ def data_prepare(source: Optional[str] = None, *, sources: Optional[Path] = None
 @command(data_app, "list", sources=Word("A list of your own (YAML). Default: the one that comes with slm."),
          raw=Word("Print the list itself, to start your own from: slm data list --yaml > mine.yml", long="yaml"))
 def data_list(*, sources: Optional[Path] = None, raw: bool = False) -> None:
-    """Show the sources that have a name: where they lie, their licences, their filters.
+    """Show the named sources: where they lie, licences, filters.
 
     \b
     slm data list

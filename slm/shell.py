@@ -89,8 +89,8 @@ class OneSentence(TyperGroup):
         names = super().list_commands(ctx)
         return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
-ORDER = ("run chat sample serve inspect eval plan tokenizer data pretrain sft dpo quantize export import doctor ablate scale bench "
-         "verify-resume lineage test").split()
+ORDER = ("run chat sample serve inspect eval judge plan tokenizer data pretrain sft dpo grpo quantize export import doctor ablate scale "
+         "bench verify-resume lineage test").split()
 
 # %% ../nbs/98a_shell.ipynb #29808901
 def run_words(program: typer.Typer, words: list[str], stdin: str = "") -> tuple[int, str, str]:

@@ -71,8 +71,8 @@ def test_help_teaches(words, command):
 def test_all_commands_are_there():
     alone = {"run", "chat", "sample", "plan", "pretrain", "sft", "dpo", "quantize", "export", "import", "eval", "lineage", "test"}
     families = {"tokenizer train", "tokenizer encode", "tokenizer show", "tokenizer bench", "tokenizer compare", "data prepare",
-                "data check", "bench decode", "bench train", "bench shakespeare"}
-    later = {"verify-resume", "ablate", "scale", "doctor", "inspect", "serve"}
+                "data check", "data list", "bench decode", "bench train", "bench shakespeare"}
+    later = {"verify-resume", "ablate", "scale", "doctor", "inspect", "serve", "grpo", "judge"}
     assert {" ".join(words) for words, _ in COMMANDS} == alone | families | later
     assert all(words[-1] in expect_ok("--help") or words[0] in expect_ok("--help") for words, _ in COMMANDS)
 
@@ -181,6 +181,7 @@ def test_unknown_preset(here, line):
 
 USES = ["sample {}", "chat {}", "eval {} --judge 1", "quantize {}", "lineage {}", "tokenizer show {}", "data check {}"]
 USES += ["sft {} storyworld --rows 2 --out out", "dpo {} storyworld --rows 2 --out out", "export {} out", "import {} out"]
+USES += ["grpo {} storyworld --rows 20 --out out", "judge {0} again={0}"]
 
 
 @pytest.mark.parametrize("line", USES)
