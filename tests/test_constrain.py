@@ -54,7 +54,7 @@ def fits(text: str, *, json_schema=None, regex=None, choices=None) -> bool:
     return True
 
 
-def sample(compiled, tok, n: int, seed: int, temperature: float = 2.0, most: int = 400) -> list[str]:
+def sample(compiled, tok, n: int, seed: int, temperature: float = 2.0, most: int = 2_000) -> list[str]:
     """n texts side by side, from a new row of random scores for every token of each."""
     generator = torch.Generator().manual_seed(seed)
     states, data, going = [compiled.start() for _ in range(n)], [b""] * n, list(range(n))
