@@ -209,6 +209,7 @@ class Background:
     def __enter__(self) -> str:
         allow_many_connections()
         self.socket = socket.create_server(("127.0.0.1", 0), backlog=2048)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)      # a token does not wait for an acknowledgement
         self.thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([self.socket])), daemon=True)
         self.thread.start()
         while self.service.status == "loading" and self.thread.is_alive() and not self.service.failed: time.sleep(0.02)

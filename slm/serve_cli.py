@@ -40,10 +40,12 @@ def greeting(name: str, host: str, port: int, key: bool) -> str:
 def listen_on(host: str, port: int) -> socket.socket:
     "A socket that listens. Raises SLMError when the port is taken."
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try: return socket.create_server((host.strip("[]"), port), family=family, backlog=2048)
+    try: door = socket.create_server((host.strip("[]"), port), family=family, backlog=2048)
     except OSError as error:
         from slm.config import SLMError
         raise SLMError(f"cannot listen on {host}:{port} ({error.strerror or error}): choose another --port") from None
+    door.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return door
 
 # %% ../nbs/98j_serve_cli.ipynb #2895eb9c
 def run_server(door: socket.socket, found: Path, rules: object, sizes: object, log: bool) -> None:
