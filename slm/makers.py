@@ -174,7 +174,8 @@ def make_dpo(run: Run) -> str:
     "fine-tuned model + preferences → dpo/step-XXXXXXXX"
     pairs = run_pairs(run)
     data = build_preferences(pairs, run_tokenizer(run), run.config.dpo.context_length)
-    dpo(output(run, "sft"), data, run.config.dpo, run.path("dpo"), beta=run.config.dpo_beta, quiet=run.quiet)
+    dpo(output(run, "sft"), data, run.config.dpo, run.path("dpo"), beta=run.config.dpo_beta,
+        sft_weight=run.config.dpo_sft_weight, quiet=run.quiet)
     last = read_log(run.path("dpo"))[-1]
     return f"{len(pairs)} pairs, accuracy {last['accuracy']:.2f}, margin {last['margin']:.2f}"
 

@@ -36,6 +36,7 @@ class RunConfig:
     dpo_prompts: int = 240          # prompts answered by the SFT model and ranked by the judge
     dpo_samples: int = 3            # answers to each of them
     dpo_beta: float = 0.1           # strength of the pull towards the reference
+    dpo_sft_weight: float = 1.0     # weight of the better answer's own loss; without it the judge saw no gain
     judge_prompts: int = 240        # held-out prompts that the judge scores every model on
     seed: int = 0                   # one seed reproduces everything on one machine
 
@@ -50,12 +51,12 @@ RUN_PRESETS: dict[str, RunConfig] = {
         model=PRESETS["story"],
         pretrain=_training(440, 8, 256, eval_every=40, sample_every=200),
         sft=_training(820, 4, 512),
-        dpo=_training(30, 16, 512, lr=3e-4, muon_lr=6e-4)),
+        dpo=_training(30, 16, 512, lr=6e-4, muon_lr=1.2e-3)),
     "text": RunConfig(
         model=PRESETS["story"],
         pretrain=_training(800, 8, 256, eval_every=40, sample_every=200),
         sft=_training(460, 4, 512),
-        dpo=_training(30, 16, 512, lr=3e-4, muon_lr=6e-4)),
+        dpo=_training(30, 16, 512, lr=6e-4, muon_lr=1.2e-3)),
     "tiny": RunConfig(
         model=PRESETS["tiny"],
         pretrain=_training(200, 8, 256, eval_every=20, sample_every=50),
@@ -136,7 +137,7 @@ STAGES: dict[str, Stage] = {s.name: s for s in (
     Stage("pretrain", ("pack", "tokenizer"), _pretrain_settings, trains=True),
     Stage("sft", ("pretrain", "tokenizer", "corpus"), lambda run: [run.config.sft_chats, to_dict(run.config.sft)], trains=True),
     Stage("dpo", ("sft", "tokenizer"), lambda run: [run.config.dpo_prompts, run.config.dpo_samples, run.config.dpo_beta,
-                                                    to_dict(run.config.dpo)], trains=True),
+                                                    run.config.dpo_sft_weight, to_dict(run.config.dpo)], trains=True),
     Stage("int8", ("dpo",)),
     Stage("report", ("corpus", "pretrain", "sft", "dpo", "int8"), lambda run: run.config.judge_prompts),
 )}
