@@ -663,7 +663,7 @@ def keep_busy(url: str, everything: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("everything", [False, True], ids=["a_megabyte", "everything"])
 def test_health_answers_in_time(served, everything):
-    """While a megabyte is tokenised; and while all slots are busy and schemas are compiled as well. The clients have a process of their own."""
+    """While a megabyte is tokenised, or all slots are busy and schemas compiled as well; the clients are another process."""
     _, url = served
     clients = multiprocessing.get_context("spawn").Process(target=keep_busy, args=(url, everything), daemon=True)
     clients.start()
