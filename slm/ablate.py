@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -18,6 +19,7 @@ from .config import ConfigError, ModelConfig, config_hash, did_you_mean, overrid
 from .files import read_json, write_json
 from .model import TransformerLM
 from .optim import TrainConfig
+from .steps import MAY_CHANGE
 from .trials import Letters, held_out_nats, run_trial, window_batches
 
 # %% auto #0
@@ -77,13 +79,15 @@ def run_recipe(chosen: Base, letters: Letters, seed: int, held_out: int = 20_000
 
 # %% ../nbs/58a_ablate.ipynb #3426cd97
 def run_key(chosen: Base, letters: Letters, seed: int) -> str:
-    "What a run depends on, as a hash."
-    return config_hash([to_dict(chosen.model), to_dict(chosen.train), seed, len(letters.train), letters.train[:1000].tolist()])[:16]
+    "What a run depends on, as a hash; settings that only watch do not count."
+    plan = {name: value for name, value in to_dict(chosen.train).items() if name not in MAY_CHANGE}
+    return config_hash([to_dict(chosen.model), plan, seed, len(letters.train), letters.train[:1000].tolist()])[:16]
 
 def ablate(axes: dict[str, list[str]], letters: Letters, base: Base, seeds: int = 3, out: Path | None = None,
            say: Callable[[str], None] = print) -> list[dict]:
     "Rows {variant, seed, val, …} of all runs, seed by seed; finished ones are read from `out`."
-    kept = read_json(out)["runs"] if out is not None and Path(out).exists() else {}
+    before = read_json(out) if out is not None and Path(out).exists() else {}
+    kept = before.get("runs", {})
     todo = [(name, recipe(base, settings), seed) for seed in range(seeds) for name, settings in variants(axes).items()]
     missing, begin, done, rows = sum(run_key(chosen, letters, seed) not in kept for _, chosen, seed in todo), time.perf_counter(), 0, []
     for name, chosen, seed in todo:
@@ -92,7 +96,7 @@ def ablate(axes: dict[str, list[str]], letters: Letters, base: Base, seeds: int 
             kept[key], done = {"variant": name, "seed": seed, **run_recipe(chosen, letters, seed)}, done + 1
             left = (time.perf_counter() - begin) / done * (missing - done)
             say(f"{done}/{missing}  {name:24} seed {seed}  {shown(kept[key]['val'])} nats  {left:5.0f} s to go")
-            if out is not None: write_json(out, {"runs": kept})
+            if out is not None: write_json(out, before | {"runs": kept})
         rows.append(kept[key] | {"variant": name, "seed": seed})
     return rows
 
@@ -112,7 +116,7 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
 
 # %% ../nbs/58a_ablate.ipynb #fc96c387
 def compare(rows: list[dict]) -> list[dict]:
-    "For each variant: mean loss, the paired difference to the base with its interval, whether it diverged, and the cost."
+    "For each variant: median loss and cost, how many runs diverged, and the mean of the paired differences to the base with its interval."
     of = lambda name: {row["seed"]: row for row in rows if row["variant"] == name}
     base, table = of("base"), []
     for name in dict.fromkeys(row["variant"] for row in rows):
@@ -120,8 +124,8 @@ def compare(rows: list[dict]) -> list[dict]:
         pairs = [row["val"] - base[seed]["val"] for seed, row in mine.items() if None not in (row["val"], base[seed]["val"])]
         vals = [row["val"] for row in mine.values() if row["val"] is not None]
         mean, half = mean_interval(pairs) if pairs else (None, None)
-        table.append({"variant": name, "val": float(np.mean(vals)) if vals else None, "difference": mean, "half": half, "runs": len(mine),
-                      "diverged": len(mine) - len(vals), "seconds": float(np.mean([row["seconds"] for row in mine.values()]))})
+        table.append({"variant": name, "val": median(vals) if vals else None, "difference": mean, "half": half, "runs": len(mine),
+                      "diverged": len(mine) - len(vals), "seconds": median([row["seconds"] for row in mine.values()])})
     return table
 
 # %% ../nbs/58a_ablate.ipynb #7e21f9f4
@@ -132,6 +136,7 @@ def ablation_text(table: list[dict]) -> str:
         change = "" if row["variant"] == "base" else "diverged"
         if not change == "" and row["difference"] is not None:
             change = f"{row['difference']:+.3f} ± {row['half']:.3f}{' *' if abs(row['difference']) > row['half'] else '  '}"
+        if 0 < row["diverged"] < row["runs"]: change = f"{row['diverged']} of {row['runs']} diverged"
         lines.append(f"{row['variant']:26}{shown(row['val']):>9}{change:>24}{row['seconds']:9.1f}")
     return "\n".join(lines)
 

@@ -8,22 +8,25 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .adapter_files import save_adapter
 from .artifacts import artifact_id, latest_checkpoint, read_json, save_checkpoint, write_json
 from .chats import ChatError
 from .config import to_dict
-from .lora import LoRAConfig, add_lora, merge_lora, save_adapter
+from .lora import LoRAConfig, add_lora, merge_lora
 from .optim import TrainConfig
 from .pretrain import train
 from .steps import LOG, read_log
+from .tokenizer import load_tokenizer
 
 # %% auto #0
 __all__ = ['HEALTH', 'neftune_noise', 'noisy_embeddings', 'check_kept', 'pulse', 'unmoved_share', 'rounding_fault',
-           'report_health', 'finish_lora', 'watched', 'fine_tune']
+           'report_health', 'with_special', 'finish_lora', 'watched', 'fine_tune']
 
 # %% ../nbs/60c_adapting.ipynb #bb5f078c
 def neftune_noise(embedded: Tensor, alpha: float) -> Tensor:
@@ -88,6 +91,13 @@ def report_health(run_dir: str | Path, sentences: list[str], title: str, quiet: 
         print(*(f"{title}: {sentence}" for sentence in sentences), sep="\n")
     return sentences
 
+# %% ../nbs/60c_adapting.ipynb #dbe73428
+def with_special(lora: LoRAConfig, files: dict) -> LoRAConfig:
+    "The same adapter, told the ids of the special tokens by the tokenizer among `files`, if it wants rows and has been told none."
+    if lora.embeddings != "special" or lora.special or "tokenizer.json" not in files:
+        return lora
+    return replace(lora, special=tuple(sorted(load_tokenizer(files["tokenizer.json"]).special_tokens.values())))
+
 # %% ../nbs/60c_adapting.ipynb #0192d8f1
 def finish_lora(run_dir: Path, model: nn.Module, state: dict, config: TrainConfig, parents: dict, files: dict) -> Path:
     "Write `run_dir/adapter` and the merged model as `run_dir/step-…`, with the log; returns the checkpoint."
@@ -118,6 +128,7 @@ def fine_tune(
     """`train` for a finished model: full or LoRA (merged at the end), with or without noise; `more` as in train(). Returns train()'s
     summary, and with it `health`, the sentences that are kept in `run_dir/health.json`. Raises ChatError."""
     run_dir, more = Path(run_dir), {"parents": parents or {}, "files": files or {}, "title": title, "quiet": quiet, **more}
+    lora = lora and with_special(lora, more["files"])
     settings = {"lora": None if lora is None else to_dict(lora), "neftune": neftune, **(settings or {})}
     loop_dir = run_dir if lora is None else run_dir / "adapting"
     check_kept(loop_dir, settings)

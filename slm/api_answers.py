@@ -166,7 +166,7 @@ def field_rows(schema: dict) -> Iterator[str]:
     for name, part in schema["properties"].items():
         kinds = part.get("type", "object" if "properties" in part else "…")
         kinds = kinds if isinstance(kinds, str) else " or ".join(kinds)
-        limits = " … ".join(f"{part[word]:g}" for word in ("minimum", "maximum") if word in part)
+        limits = " … ".join(f"{part[word]:,}" for word in ("minimum", "maximum") if word in part)
         must = "required" if name in schema["required"] else "" if part.get("default") is None else json.dumps(part["default"])
         cells = (f"<code>{name}</code>", kinds, limits, must, html.escape(part.get("description", "")))
         yield "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

@@ -52,10 +52,13 @@ const showCard = span => {
 
 # %% ../nbs/96i_chat_page.ipynb #603e3e14
 SCRIPT["pointing"] = r"""
-$("log").addEventListener("pointerover", e => { if (e.pointerType === "mouse" && e.target.matches(".t")) showCard(e.target); });
-$("log").addEventListener("pointerout", e => { if (e.pointerType === "mouse") hiding = setTimeout(hideCard, 250); });
+let walking = false;                                     // the arrow keys lead until the mouse really moves
+const leave = e => { if (e.pointerType === "mouse" && !walking) hiding = setTimeout(hideCard, 250); };
+document.addEventListener("pointermove", () => { walking = false; });
+$("log").addEventListener("pointerover", e => { if (e.pointerType === "mouse" && !walking && e.target.matches(".t")) showCard(e.target); });
+$("log").addEventListener("pointerout", leave);
 $("card").addEventListener("pointerenter", () => clearTimeout(hiding));
-$("card").addEventListener("pointerleave", e => { if (e.pointerType === "mouse") hiding = setTimeout(hideCard, 250); });
+$("card").addEventListener("pointerleave", leave);
 document.addEventListener("click", e => {
   if (e.target.matches(".t")) showCard(e.target); else if (!e.target.closest("#card")) hideCard();
 });
@@ -63,12 +66,15 @@ document.addEventListener("click", e => {
 
 # %% ../nbs/96i_chat_page.ipynb #8edc5600
 SCRIPT["walking"] = r"""
-$("log").addEventListener("scroll", () => { if (!writing) hideCard(); });
+$("log").addEventListener("scroll", () => {             // the card goes with its token, as far as that can be seen
+  const at = document.querySelector(".t.at"), box = $("log").getBoundingClientRect(), line = at?.getBoundingClientRect();
+  if (at) line.bottom > box.top && line.top < box.bottom ? place(at) : hideCard();
+});
 $("log").addEventListener("keydown", e => {                // the arrow keys walk along the tokens of an answer
   const step = { ArrowRight: 1, ArrowLeft: -1 }[e.key], said = e.target.closest?.(".assistant .said");
   if (!step || !said) return;
   const all = [...said.querySelectorAll(".t")], next = all[Math.max(0, all.indexOf(said.querySelector(".t.at")) + step)];
-  if (next) e.preventDefault(), next.scrollIntoView({ block: "nearest" }), showCard(next);
+  if (next) walking = true, e.preventDefault(), next.scrollIntoView({ block: "nearest" }), showCard(next);
 });
 """
 

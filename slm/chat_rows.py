@@ -25,7 +25,7 @@ from .tokenizer import Tokenizer
 # %% auto #0
 __all__ = ['IGNORE', 'NAMED', 'SFTError', 'chat_labels', 'Html', 'show_mask', 'render_chats', 'fitting_length', 'pack_in_order',
            'padding_share', 'pack_best_fit', 'fill_rows', 'epoch_rows', 'content_id', 'save_arrays', 'load_arrays',
-           'SFTData', 'too_long', 'fit_chats', 'build_sft']
+           'TokenArrays', 'SFTData', 'too_long', 'fit_chats', 'build_sft']
 
 # %% ../nbs/60d_chat_rows.ipynb #1c48371e
 class SFTError(ChatError):
@@ -155,33 +155,41 @@ def save_arrays(path: str | Path, kind: str, arrays: dict[str, np.ndarray], pare
     return Path(path)
 
 
-def load_arrays(path: str | Path, kind: str, error: type[SLMError]) -> tuple[dict[str, np.ndarray], dict]:
-    "(arrays, manifest) of a verified artifact folder of that kind. Raises ArtifactError, or `error` for another kind."
+def load_arrays(path: str | Path, kind: str, error: type[SLMError]) -> tuple[dict, dict]:
+    "(fields of the data, parents) of a verified artifact folder of that kind. Raises ArtifactError, or `error` for another kind."
     manifest = verify(path)
     if manifest["kind"] != kind:
         raise error(f"{path} holds {manifest['kind']}, not {kind}: name a folder that was saved as {kind}")
-    return load_file(Path(path) / "data.safetensors"), manifest
+    known = {"tokenizer_hash": manifest["parents"]["tokenizer"], "stats": manifest["meta"]}
+    return load_file(Path(path) / "data.safetensors") | known, manifest["parents"]
 
-# %% ../nbs/60d_chat_rows.ipynb #40d93e22
-@dataclass(frozen=True)
-class SFTData:
-    "Packed conversations: R rows of T tokens, as ids, labels and doc_ids (R, T) int32. `stats` says what was built and what was left out."
 
-    ids: np.ndarray
-    labels: np.ndarray
-    doc_ids: np.ndarray
-    tokenizer_hash: str
-    stats: dict = field(default_factory=dict)
+class TokenArrays:
+    "Data that are arrays of tokens, `NAMES`, made with one tokenizer."
+
+    NAMES = ()
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        "The three arrays by name."
-        return {"ids": self.ids, "labels": self.labels, "doc_ids": self.doc_ids}
+        "The token arrays by name."
+        return {name: getattr(self, name) for name in self.NAMES}
 
     @property
     def id(self) -> str:
         "SHA-256 of the tokenizer's hash and of the arrays: equal exactly when the data are."
         return content_id(self.tokenizer_hash, self.arrays)
+
+# %% ../nbs/60d_chat_rows.ipynb #40d93e22
+@dataclass(frozen=True)
+class SFTData(TokenArrays):
+    "Packed conversations: R rows of T tokens, as ids, labels and doc_ids (R, T) int32. `stats` says what was built and what was left out."
+
+    NAMES = ("ids", "labels", "doc_ids")
+    ids: np.ndarray
+    labels: np.ndarray
+    doc_ids: np.ndarray
+    tokenizer_hash: str
+    stats: dict = field(default_factory=dict)
 
     def batch(self, seed: int, step: int, batch_size: int) -> dict[str, Tensor]:
         "Rows of one step as int64 tensors (B, T): a pure function of seed and step; each epoch is a permutation of all rows."
@@ -195,8 +203,7 @@ class SFTData:
     @classmethod
     def load(cls, path: str | Path) -> SFTData:
         "Read and verify what `save` wrote. Raises ArtifactError for damage, SFTError for a folder of another kind."
-        arrays, manifest = load_arrays(path, "sft-data", SFTError)
-        return cls(**arrays, tokenizer_hash=manifest["parents"]["tokenizer"], stats=manifest["meta"])
+        return cls(**load_arrays(path, "sft-data", SFTError)[0])
 
 # %% ../nbs/60d_chat_rows.ipynb #becd1958
 def too_long(names: list[str], lengths: list[int], limit: int, policy: str, error: type[SLMError], known: tuple[str, ...]) -> list[str]:

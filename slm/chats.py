@@ -112,6 +112,7 @@ def file_rows(path: Path) -> Iterator[tuple[int, str | object]]:
     with opener(path, "rt", encoding="utf-8") as f:
         if path.suffix == ".json":
             rows = json.load(f)
+            rows = next((rows[key] for key in ("data", "rows", "pairs") if isinstance(rows, dict) and key in rows), rows)
             yield from enumerate(rows if isinstance(rows, list) else [rows], 1)
         else:
             yield from ((number, line) for number, line in enumerate(f, 1) if line.strip())

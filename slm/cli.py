@@ -14,7 +14,8 @@ from typing import Optional
 
 import typer
 
-import slm.data_cli  # noqa: F401  the commands of all these join the program
+import slm.bench_data_cli  # noqa: F401  the commands of all these join the program
+import slm.data_cli  # noqa: F401
 import slm.decode_cli  # noqa: F401
 import slm.lab_cli  # noqa: F401
 import slm.look_cli  # noqa: F401
@@ -27,7 +28,7 @@ from .shell import STOPPED, Word, app, command, duration, write
 # %% ../nbs/98z_cli.ipynb #a7a2a9b9
 @command(app, "run", preset=Word("story or text (ten minutes on 2 CPU cores), tiny (under a minute). Default: by the corpus.", "p"),
          name=Word("Name of the run. Default: made from the preset and the corpus."),
-         corpus=Word("What to learn from: storyworld, a file, a folder, or owner/name of a data set.", "c"),
+         corpus=Word("storyworld, a file, a folder, owner/name of the hub, a name of `slm data list`, or such a list (.yml).", "c"),
          minutes=Word("Time to spend; every budget is scaled to it. Default: the preset's.", "m"),
          redo=Word("Redo a stage and what depends on it: corpus tokenizer pack pretrain sft dpo int8 report.", shown="STAGE"))
 def run_command(name: Optional[str] = None, *, preset: Optional[str] = None, corpus: str = "storyworld", minutes: Optional[float] = None,

@@ -5,19 +5,22 @@
 # %% ../nbs/94g_comparison.ipynb #68126302
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import nn
 
 from .artifacts import artifact_id
-from .config import SLMError
+from .config import SLMError, rng
 from .decode import generate_ids
 from .files import read_json, write_json
+from .folders import read_manifest
 from .judge import eval_prompts, judge, judge_score, met
 from .measure import measure_by_domain
 from .sample import LM, find_checkpoint, load
@@ -25,8 +28,8 @@ from .storyworld import stories
 from .strategies import Sampling
 
 # %% auto #0
-__all__ = ['ANSWER', 'write_fast', 'mean_reward', 'held_out_stories', 'examine', 'interval', 'duel', 'failures', 'compare',
-           'model_table', 'duel_table', 'draw_comparison']
+__all__ = ['ANSWER', 'write_fast', 'mean_reward', 'held_out_stories', 'examine', 'interval', 'duel', 'failures',
+           'trained_against', 'cut', 'family', 'compare', 'model_table', 'duel_table', 'draw_comparison']
 
 # %% ../nbs/94g_comparison.ipynb #8c4c4bdf
 def write_fast(model: nn.Module, prompts: list[list[int]], n: int, limit: int, stop_id: int, seeds: list[int]) -> list[list[list[int]]]:
@@ -47,7 +50,7 @@ def mean_reward(base: str | Path, prompts: list[list[dict]], reward: Callable, l
     return evaluate
 
 # %% ../nbs/94g_comparison.ipynb #59f4bfc4
-ANSWER = dict(max_new_tokens=320, temperature=0.7)  # as the pipeline's report asks
+ANSWER = dict(max_new_tokens=320, temperature=0.3)  # as the pipeline's report asks
 
 def held_out_stories(seed: int, n: int) -> list[dict]:
     "Stories that no run has seen: text, and the bits of its choices."
@@ -95,22 +98,50 @@ def failures(before: dict, after: dict) -> dict[str, dict]:
     return table
 
 # %% ../nbs/94g_comparison.ipynb #6c2050bf
+def trained_against(pairs: list[dict], least: float = 0.05) -> dict[str, float]:
+    "The criteria that the chosen answer meets and the rejected one misses, in `least` of the pairs or more: their shares, largest first."
+    better = [(judge(p["prompt"], p["chosen"]), judge(p["prompt"], p["rejected"])) for p in pairs]
+    counts = {name: sum(good.get(name) == 1 and bad.get(name, 1) < 1 for good, bad in better) for name in
+              dict.fromkeys(name for good, _ in better for name in good)}
+    return {name: n / len(pairs) for name, n in sorted(counts.items(), key=lambda item: -item[1]) if n and n >= least * len(pairs)}
+
+
+def cut(before: list[dict[str, bool]], after: list[dict[str, bool]], names: object, draws: int = 2000) -> dict:
+    "All failures in the criteria `names`, `before` and `after`, and their `ratio`, `low` to `high` (95 %, prompts drawn again)."
+    missed = lambda verdicts: np.array([sum(1 - ok for name, ok in verdict.items() if name in names) for verdict in verdicts])
+    b, a = missed(before), missed(after)
+    again = rng("cut", len(b)).integers(len(b), size=(draws, len(b)))
+    ratio = a.sum() / max(1, b.sum())
+    low, high = np.percentile(a[again].sum(1) / np.maximum(1, b[again].sum(1)), (2.5, 97.5))
+    return {"before": float(b.sum()), "after": float(a.sum()), "ratio": float(ratio), "low": float(low), "high": float(high)}
+
+# %% ../nbs/94g_comparison.ipynb #d74c3070
+def family(paths: dict[str, Path]) -> list[tuple[str, str]]:
+    "Pairs of names worth a duel, the earlier one first: origin and model, models of one origin, the first and every other."
+    names, ids = list(paths), {artifact_id(path): name for name, path in paths.items()}
+    origin = {name: ids.get(read_manifest(path)["parents"].get("base")) for name, path in paths.items()}
+    born = [(origin[name] or before, name) for before, name in itertools.pairwise(names)]
+    siblings = [(a, b) for a, b in itertools.combinations(names, 2) if origin[a] and origin[a] == origin[b]]
+    return list(dict.fromkeys([*born, *siblings, *((names[0], name) for name in names[1:])]))
+
+# %% ../nbs/94g_comparison.ipynb #e3097617
 def compare(models: dict[str, str | Path], n: int = 500, seed: int = 0, docs: int = 100, kept: str | Path = "comparison",
-            say: Callable[[str], None] = lambda line: None, **settings) -> dict:
-    "Everything as plain data: `models` {name: score, bits}; `duels`, `failures`, `retention` {a to b: …}; `samples`."
+            say: Callable[[str], None] = lambda line: None, preferences: list[dict] = (), **settings) -> dict:
+    """Everything as plain data: `models` {name: score, bits}; `duels`, `failures`, `retention` {a to b: …}; `samples`; and what the
+    pairs of `preferences` are trained `against`, with how far each duel `cut` it."""
     if len(models) < 2:
         raise SLMError("a comparison needs two models at least: name them as in base=checkpoints/story/pretrain sft=checkpoints/story/sft")
     paths = {name: find_checkpoint(path) for name, path in models.items()}  # what is missing is said before anything is asked
     found = {name: say(f"{name}: {n} prompts") or examine(path, n, seed, docs, Path(kept), **settings) for name, path in paths.items()}
-    names, bpb = list(found), {name: f["bits"]["bits_per_byte"] for name, f in found.items()}
-    pairs = list(dict.fromkeys([*zip(names, names[1:]), *((names[0], name) for name in names[1:])]))
+    pairs, bpb = family(paths), {name: f["bits"]["bits_per_byte"] for name, f in found.items()}
     told = [{"prompt": prompt[-1]["content"], **{name: f["answers"][i] for name, f in found.items()}}
             for i, prompt in enumerate(eval_prompts(seed, min(n, 3)))]
-    between = {f"{a} to {b}": (found[a], found[b]) for a, b in pairs}
+    between, against = {f"{a} to {b}": (found[a], found[b]) for a, b in pairs}, trained_against(preferences)
     return {"asked": {"prompts": n, "seed": seed, "docs": docs, **ANSWER, **settings},
             "models": {name: {"score": f["score"], "bits": f["bits"]} for name, f in found.items()},
             "duels": {key: duel(a["verdicts"], b["verdicts"]) for key, (a, b) in between.items()},
             "failures": {key: failures(a["score"], b["score"]) for key, (a, b) in between.items()},
+            "against": against, "cut": {key: cut(a["verdicts"], b["verdicts"], against) for key, (a, b) in between.items()},
             "retention": {f"{a} to {b}": bpb[b] / bpb[a] - 1 for a, b in pairs}, "samples": told}
 
 # %% ../nbs/94g_comparison.ipynb #3e196682
@@ -129,12 +160,14 @@ def model_table(result: dict) -> str:
 
 # %% ../nbs/94g_comparison.ipynb #8dccdda8
 def duel_table(result: dict) -> str:
-    "Markdown: for each pair of models wins, ties, losses, win rate and gain with intervals, and the change of bits per byte."
-    lines = ["| | wins | ties | losses | win rate (95 %) | gain (95 %) | bits per byte |", "| --- " * 7 + "|"]
+    "Markdown: for each pair of models wins, ties, losses, win rate and gain, what was trained against before and after, bits per byte."
+    told = f" failures in {', '.join(result['against'])} |" if result.get("against") else ""
+    lines = [f"| | wins | ties | losses | win rate (95 %) | gain (95 %) | bits per byte |{told}", "| --- " * (7 + bool(told)) + "|"]
     for key, d in result["duels"].items():
-        r, g = d["rate"], d["gain"]
+        r, g, c = d["rate"], d["gain"], result["cut"][key] if told else {}
+        ratio = f" {c['before']:.0f} → {c['after']:.0f}: {c['ratio']:.2f} times ({c['low']:.2f}–{c['high']:.2f}) |" if told else ""
         lines.append(f"| {key} | {d['wins']} | {d['ties']} | {d['losses']} | {r['mean']:.0%} ({r['low']:.0%}–{r['high']:.0%}) "
-                     f"| {g['mean']:+.1%} ({g['low']:+.1%} to {g['high']:+.1%}) | {result['retention'][key]:+.1%} |")
+                     f"| {g['mean']:+.1%} ({g['low']:+.1%} to {g['high']:+.1%}) | {result['retention'][key]:+.1%} |{ratio}")
     return "\n".join(lines)
 
 # %% ../nbs/94g_comparison.ipynb #ffdc1d0b

@@ -120,6 +120,12 @@ class LLState:
     def __init__(self, matcher: object, ends: tuple[int, ...]):
         self.matcher, self.ends, self.finished = matcher, ends, False
 
+    def __copy__(self) -> LLState:
+        "A second one that goes its own way from here."
+        other = LLState(self.matcher.deep_copy(), self.ends)
+        other.finished = self.finished
+        return other
+
     @property
     def may_end(self) -> bool:
         "Whether the text so far is in the language."

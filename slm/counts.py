@@ -8,12 +8,14 @@ __all__ = ['SHORT', 'HASH', 'START', 'STOP', 'VALUE', 'SPEEDS', 'Words', 'pieces
            'move_rows', 'count_ends', 'WordTable', 'pick_speed', 'count_texts', 'made_up_text']
 
 # %% ../nbs/12b_counts.ipynb #ef7bef3e
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Iterable, Iterator, NamedTuple
 import numpy as np
 from .ground import did_you_mean, rng
-from .scan import LONG, compiled, has_numba, word_ends
+from .kernels import PAYS
+from .scan import LONG, compiled, has_numba, use_numba, word_ends
 from .text import Tokenizer, TokenizerError, progress, read_texts
 
 # %% ../nbs/12b_counts.ipynb #0c3793a7
@@ -237,15 +239,17 @@ def pick_speed(speed: str, size: int) -> str:
         raise TokenizerError('speed is "numba", which is not installed: run pip install "slm[fast]", or choose "numpy"')
     if speed != "auto":
         return speed
-    return ("numba" if has_numba() else "numpy") if size >= LONG else "python"
+    return "python" if size < LONG else "numba" if use_numba(None, size) else "numpy"
 
 # %% ../nbs/12b_counts.ipynb #3f720c6c
 def count_texts(tok: Tokenizer, texts: str | Path | Iterable[str | Path], pattern: str, speed: str = "auto") -> tuple[Words, str]:
     """The words of `texts` and how often each occurs, and the way it was counted. `tok`: see `text_blocks`; `speed`: see `pick_speed`."""
     blocks = text_blocks(tok, texts)
-    first = next(blocks, one_block([]))
-    speed = pick_speed(speed, len(first[0]))
-    blocks = (block for group in ([first], blocks) for block in group)
+    ahead, size = [], 0
+    while speed == "auto" and size < PAYS and (block := next(blocks, None)) is not None:
+        ahead.append(block)
+        size += len(block[0])
+    speed, blocks = pick_speed(speed, size), itertools.chain(ahead, blocks)
     if speed == "python":
         return count_slowly(blocks, pattern, fast=False), speed
     counter = WordTable() if speed == "numba" else NumberCounter()

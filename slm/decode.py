@@ -20,7 +20,7 @@ from .strategies import Past, SampleError, Sampling, pick_tokens, sample_token, 
 
 # %% auto #0
 __all__ = ['generate_naive', 'pad_left', 'check_prompts', 'forbid', 'fulfils', 'Answers', 'predict', 'uniform_rows', 'seeds_of',
-           'Decoder', 'Progress', 'similar_lengths', 'generate_ids']
+           'SideBySide', 'Decoder', 'Progress', 'similar_lengths', 'generate_ids']
 
 # %% ../nbs/91_decode.ipynb #b9dd0296
 @torch.inference_mode()
@@ -121,8 +121,8 @@ def seeds_of(seeds: list[int] | None, n: int, first: int) -> list[int]:
     return list(range(first, first + n)) if seeds is None else list(seeds)
 
 # %% ../nbs/91_decode.ipynb #d9944405
-class Decoder:
-    "Writes answers to several prompts side by side: each `step` gives every unfinished one its next token."
+class SideBySide:
+    "Several prompts as the rows of one batch: what the model reads next, its cache, and all that was said in each row."
 
     def __init__(self, model: TransformerLM, prompts: list[list[int]], sampling: Sampling, stop_ids: tuple[int, ...] = (),
                  seeds: list[int] | None = None, n_vocab: int | None = None, constraint: object = None):
@@ -137,6 +137,15 @@ class Decoder:
         self.cache = model.new_cache(len(prompts), self.ids.shape[1] + longest)
         self.cache.start = None if start is None else start.to(self.cache.keys.device)
 
+    def select(self, keep: list[int]) -> None:
+        "Go on with these rows of the batch alone."
+        self.rows, index = [self.rows[i] for i in keep], torch.tensor(keep, dtype=torch.long)
+        self.cache, self.ids = self.cache.select(index.to(self.cache.keys.device)), self.ids[index]
+
+# %% ../nbs/91_decode.ipynb #f3c32844
+class Decoder(SideBySide):
+    "Writes answers to several prompts side by side: each `step` gives every unfinished one its next token."
+
     @torch.inference_mode()
     def step(self) -> list[tuple[int, int]]:
         "The next token of every answer that goes on, as (prompt number, id)."
@@ -149,11 +158,6 @@ class Decoder:
         self.answers.written += 1
         for row, token in found: self.pasts[row].ids.append(token)
         return [(row, token) for row, token in found if self.answers.accept(row, token, self.states[row])]
-
-    def select(self, keep: list[int]) -> None:
-        "Go on with these rows of the batch alone."
-        self.rows, index = [self.rows[i] for i in keep], torch.tensor(keep, dtype=torch.long)
-        self.cache, self.ids = self.cache.select(index.to(self.cache.keys.device)), self.ids[index]
 
 # %% ../nbs/91_decode.ipynb #2435a4b0
 class Progress:

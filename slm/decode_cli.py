@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HELP', 'SLASH', 'SETTINGS', 'WORDS', 'Conversation', 'make_room', 'slash', 'obey', 'leave', 'forget', 'set_seed',
            'show_history', 'undo', 'instruct', 'change_setting', 'save_talk', 'typed_lines', 'converse', 'retry',
-           'chat_command', 'constraint_of', 'one_way', 'through_engine', 'pieces_of', 'sample_command',
-           'quantize_command', 'bench_decode_command']
+           'engine_pieces', 'Talkative', 'chat_command', 'constraint_of', 'one_way', 'scored_lines', 'pieces_of',
+           'sample_command', 'quantize_command', 'bench_decode_command', 'bench_constrain_command']
 
 # %% ../nbs/98g_decode_cli.ipynb #3ce6e47b
 import json, sys
@@ -182,9 +182,34 @@ def retry(talk: Conversation, write: Callable[[str], None]) -> str:
     return "\n"
 
 # %% ../nbs/98g_decode_cli.ipynb #bb846a37
-@command(app, "chat", system=Word("A system message, put before the conversation."))
+def engine_pieces(engine: object, ids: list[int], settings: dict, constraint: object = None) -> Iterator[str]:
+    """The text after ids, piece by piece; whoever stops listening ends the request."""
+    from slm.sample import sampling_of
+    request = engine.submit(ids, sampling_of(settings), constraint=constraint)
+    try:
+        while request.finish_reason is None:
+            for event in engine.step(): yield event.text
+    finally:
+        engine.cancel(request)
+
+class Talkative:
+    """A model that answers through an engine of one slot; `fast`: with the int8 step in C."""
+
+    def __init__(self, lm: object, fast: bool = False):
+        from slm.engine import Engine
+        self.model, self.tokenizer, self.lm = lm.model, lm.tokenizer, lm.compile("int8") if fast else lm
+        self.engine = Engine(self.lm, slots=1)
+
+    def chat_stream(self, messages: list[dict], **settings: object) -> Iterator[str]:
+        """The assistant's answer piece by piece; of the conversation, only what is new is read."""
+        return engine_pieces(self.engine, self.lm.chat_ids(messages), settings)
+
+# %% ../nbs/98g_decode_cli.ipynb #8547e241
+@command(app, "chat", system=Word("A system message, put before the conversation."),
+         fast=Word("Compile an int8 step from C first: a second, then many times faster.", long="compile"))
 def chat_command(checkpoint: Optional[Path] = None, *, system: Optional[str] = None, max_new_tokens: int = 256, temperature: float = 0.7,
-                 top_k: Optional[int] = None, top_p: Optional[float] = None, min_p: Optional[float] = 0.05, seed: int = 0) -> None:
+                 top_k: Optional[int] = None, top_p: Optional[float] = None, min_p: Optional[float] = 0.05, seed: int = 0,
+                 fast: bool = False) -> None:
     """Talk to a model.
 
     Lines may also come from a pipe, one line a turn. /help lists what may be said to the program; Ctrl-C stops an answer.
@@ -199,7 +224,7 @@ def chat_command(checkpoint: Optional[Path] = None, *, system: Optional[str] = N
     settings = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     if sys.stdin.isatty():
         write(f"{path}: {lm!r}\n{HELP}\n")
-    converse(Conversation(lm, settings, system, seed), typed_lines())
+    converse(Conversation(Talkative(lm, fast), settings, system, seed), typed_lines())
 
 # %% ../nbs/98g_decode_cli.ipynb #d810fefe
 SETTINGS = ("max_new_tokens temperature top_k top_p min_p typical_p repetition_penalty presence_penalty frequency_penalty "
@@ -223,8 +248,8 @@ WORDS |= dict(
     beams=Word("Search for the likeliest text with so many beginnings.", low=1),
     best_of=Word("Write so many texts, show the one that the model finds likeliest.", low=1),
     logprobs=Word("One token a line, with its log-probability and so many alternatives.", low=1, high=100),
-    draft=Word("A smaller model that guesses ahead; the text stays distributed as without.", shown="CHECKPOINT"),
-    lookup=Word("Guess ahead from the text itself; the text stays distributed as without."),
+    draft=Word("A smaller model that guesses ahead; the text is the same as without.", shown="CHECKPOINT"),
+    lookup=Word("Guess ahead from the text itself; the text is the same as without."),
 )
 
 # %% ../nbs/98g_decode_cli.ipynb #748314ca
@@ -244,36 +269,33 @@ def one_way(**ways: object) -> str:
     return asked[0] if asked else "plain"
 
 # %% ../nbs/98g_decode_cli.ipynb #cd23543b
-def through_engine(lm: object, prompt: str, settings: dict, constraint: object = None, logprobs: int | None = None) -> Iterator[str]:
-    """The text after a prompt, by an engine; with `logprobs`, a line for each token: itself, log-probability, alternatives."""
+def scored_lines(lm: object, prompt: str, settings: dict, constraint: object, tops: int) -> Iterator[str]:
+    """A line for each token after a prompt: itself, its log-probability, so many alternatives."""
     from slm.engine import Engine
     from slm.sample import sampling_of
     engine, show = Engine(lm, slots=1), lambda token: repr(lm.tokenizer.decode([token]))
-    engine.submit(lm.prompt_ids(prompt), sampling_of(settings), constraint=constraint, top_logprobs=logprobs)
+    engine.submit(lm.prompt_ids(prompt), sampling_of(settings), constraint=constraint, top_logprobs=tops)
     while not engine.idle:
         for event in engine.step():
-            if logprobs is None: yield event.text
-            elif event.token is not None:
-                others = "  ".join(f"{show(token)} {value:.2f}" for token, value in event.top)
-                yield f"\n{show(event.token):16}{event.logprob:7.2f}   {others}"
+            if event.token is None: continue
+            yield f"\n{show(event.token):16}{event.logprob:7.2f}   " + "  ".join(f"{show(token)} {value:.2f}" for token, value in event.top)
 
 def pieces_of(lm: object, prompt: str, settings: dict, constraint: object = None, way: str = "plain", number: int = 1,
               draft: object = None) -> Iterator[str]:
     """The continuation of a prompt piece by piece: plain, compile, beams, best-of (`number` of them), draft, lookup or logprobs."""
-    if constraint is not None and way in ("beams", "draft", "lookup"):
-        from slm.config import SLMError
-        raise SLMError(f"{way} cannot be held to a constraint: leave one of them out")
+    from slm.engine import Engine
+    from slm.guessing import GuessingEngine
     if way in ("beams", "best-of"): return iter([lm.generate(prompt, constraint=constraint, **{way.replace("-", "_"): number}, **settings)])
-    if way == "logprobs": return through_engine(lm, prompt, settings, constraint, number)
-    if way == "compile": return through_engine(lm if lm.reader else lm.compile("int8"), prompt, settings, constraint)
+    if way == "logprobs": return scored_lines(lm, prompt, settings, constraint, number)
     if way == "plain": return lm.stream(prompt, constraint=constraint, **settings)
-    from slm.speculate import speculate
-    return speculate(lm, prompt, draft, **settings)
+    if way == "compile": engine = Engine(lm if lm.reader else lm.compile("int8"), slots=1)
+    else: engine = GuessingEngine(lm, slots=1, draft=draft)
+    return engine_pieces(engine, lm.prompt_ids(prompt), settings, constraint)
 
 # %% ../nbs/98g_decode_cli.ipynb #b134878e
 @command(app, "sample", prompt=Word("How the text begins: words, @FILE, or - for stdin.", "p"),
          number=Word("How many texts; their seeds are SEED, SEED + 1, …", low=1),
-         fast=Word("Compile a fused int8 step first: a minute's wait the first time, then many times faster.", long="compile"))
+         fast=Word("Compile an int8 step from C first: a second, then many times faster.", long="compile"))
 def sample_command(
     checkpoint: Optional[Path] = None, *, prompt: str = "Once upon a time", number: int = 1, max_new_tokens: int = 200,
     temperature: float = 0.8, top_k: Optional[int] = None, top_p: Optional[float] = None, min_p: Optional[float] = None,
@@ -285,7 +307,7 @@ def sample_command(
     """Let a model go on from a prompt.
 
     A low temperature is careful, a high one wild. A constraint (regex, choices, JSON Schema, grammar) makes any other text
-    impossible. Beams and best-of look for likely texts; draft and lookup write the same kind of text in fewer steps.
+    impossible. Beams and best-of look for likely texts; draft and lookup write the same text in fewer steps.
 
     \b
     slm sample --prompt "The dragon was" -n 100 --temperature 0.6
@@ -343,3 +365,16 @@ def bench_decode_command(*, preset: str = "15M", eager: bool = False, alone: boo
     result = decode_bench.bench_decode(shape, not eager, not alone, rounds)
     if out: Path(out).write_text(json.dumps(result, indent=1) + "\n")
     print(decode_bench.bench_table(result, "slm float32, plain" if alone else "llama.cpp Q8_0"))
+
+# %% ../nbs/98g_decode_cli.ipynb #6c5c8a71
+@command(bench_app, "constrain", schemas=Word("How many schemas.", low=1), n_vocab=Word("Tokens in the vocabulary.", low=1500))
+def bench_constrain_command(*, schemas: int = 800, n_vocab: int = 32_000, out: Optional[Path] = None) -> None:
+    """Survey made-up JSON Schemas: understood, agreed, time.
+
+    \b
+    slm bench constrain --out nbs/results/constrain.json
+    """
+    from slm.agreement import survey, survey_table
+    result = {"command": f"slm bench constrain --schemas {schemas} --n-vocab {n_vocab}", **survey(schemas, n_vocab)}
+    if out: Path(out).write_text(json.dumps(result, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(survey_table(result))

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['MULTIPLIER', 'BACKENDS', 'word_hash', 'run_hashes', 'jaccard', 'signature', 'agreement', 'caught', 'band_rows',
-           'by_hand', 'by_rensa', 'best_backend', 'Copies', 'original', 'decide', 'look', 'without_copies']
+           'by_hand', 'by_rensa', 'best_backend', 'sign', 'Copies', 'original', 'decide', 'look', 'is_new',
+           'without_copies']
 
 # %% ../nbs/45_dedup.ipynb #6b0aef76
-import hashlib, re
+import hashlib, itertools, re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -88,6 +89,12 @@ def best_backend() -> str:
     """The library where it is installed, else ours; the copies they find are the same."""
     return "rensa" if find_spec("rensa") else "slm"
 
+# %% ../nbs/45_dedup.ipynb #9647d6fe
+def sign(texts: list[str], n: int = 5, k: int = 128, seed: int = 0, backend: str = "slm") -> list[tuple[np.ndarray, np.ndarray]]:
+    """For each text its runs of `n` words, sorted and each once, (R,) uint64, and its signature (k,) uint32."""
+    sets = [np.unique(run_hashes(text, n)) for text in texts]
+    return list(zip(sets, BACKENDS[backend](sets, k, seed)))
+
 # %% ../nbs/45_dedup.ipynb #04e6d665
 @dataclass
 class Copies:
@@ -108,7 +115,12 @@ class Copies:
 
     def keys(self, signed: np.ndarray) -> list[bytes]:
         """The bands of one signature as keys of the dictionary."""
-        return [bytes([i % 256]) + signed[i * self.rows:(i + 1) * self.rows].tobytes() for i in range(self.k // self.rows)]
+        raw, size = signed.tobytes(), self.rows * signed.itemsize
+        return [bytes([i % 256]) + raw[i * size:(i + 1) * size] for i in range(self.k // self.rows)]
+
+    def sign(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`sign` with these settings."""
+        return sign(texts, self.n, self.k, self.seed, self.backend)
 
 # %% ../nbs/45_dedup.ipynb #d747a974
 def original(self: Copies, runs: np.ndarray, keys: list[bytes]) -> tuple[int, float] | None:
@@ -133,19 +145,23 @@ def decide(self: Copies, text: str, runs: np.ndarray, keys: list[bytes]) -> tupl
 
 def look(self: Copies, texts: list[str]) -> list[tuple[int, float] | None]:
     """For each text in order: None when it is new (it is then remembered), or (number among the kept, similarity)."""
-    sets = [np.unique(run_hashes(text, self.n)) for text in texts]
-    signed = BACKENDS[self.backend](sets, self.k, self.seed)
-    return [self.decide(text, runs, self.keys(one)) for text, runs, one in zip(texts, sets, signed)]
+    return [self.decide(text, runs, self.keys(signed)) for text, (runs, signed) in zip(texts, self.sign(texts))]
 
 Copies.decide, Copies.look = decide, look
 
 # %% ../nbs/45_dedup.ipynb #3ffa1135
+def is_new(self: Copies, item: dict) -> bool:
+    """Whether a document is no copy of an earlier one. What it brings along under "sign" is used, and taken out of it."""
+    runs, signed = item.pop("sign", None) or self.sign([item["text"]])[0]
+    return self.decide(item["text"], runs, self.keys(signed)) is None
+
+Copies.is_new = is_new
+
+# %% ../nbs/45_dedup.ipynb #99d078b0
 def without_copies(documents: Iterable[dict], copies: Copies, size: int = 256) -> Iterator[dict]:
     """The documents that are no near copy of an earlier one."""
-    batch: list[dict] = []
-    for item in documents:
-        batch.append(item)
-        if len(batch) == size:
-            yield from (item for item, match in zip(batch, copies.look([item["text"] for item in batch])) if match is None)
-            batch = []
-    yield from (item for item, match in zip(batch, copies.look([item["text"] for item in batch])) if match is None)
+    documents = iter(documents)
+    while batch := list(itertools.islice(documents, size)):
+        bare = [item for item in batch if "sign" not in item]
+        for item, one in zip(bare, copies.sign([item["text"] for item in bare])): item["sign"] = one
+        yield from filter(copies.is_new, batch)

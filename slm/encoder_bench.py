@@ -14,6 +14,7 @@ from statistics import median
 from typing import Callable, Iterable
 import numpy as np
 from .ground import rng
+from .kernels import has_numba
 from .text import TokenizerError
 from .tokenizer import BPETokenizer
 from .tokenizer_bench import made_up_text, size_of, take_turns, text_for_bench, tiktoken_make
@@ -134,6 +135,7 @@ def bench_encoder(text: str | Path | Iterable[str] | None = None, vocab_size: in
     trained on the text. Raises TokenizerError for too little text, or a tokenizer that tiktoken cannot read."""
     whole = "\n".join(text_for_bench(text, megabytes))
     tok = without_specials(tok) if tok else BPETokenizer.train(whole[:5_000_000], vocab_size, [], strict=False)
+    tok.encoder.encode(b"", fast=has_numba())  # compiling is not what is measured
     files = {"as given": whole, **worst_texts(worst_megabytes)}
     rows = [file_row(name, part, tok, repeats) for name, part in files.items()]
     rows += [short_row(size, tok, repeats) for size in (11, 100, 424)]

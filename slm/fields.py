@@ -22,6 +22,7 @@ CHOICES: dict[str, list[str]] = {
     "position": ["rope", "alibi", "learned", "none"],
     "ffn": ["swiglu", "gelu", "relu2"],
     "rope_type": ["linear", "ntk", "yarn", "llama3"],
+    "embeddings": ["special", "all", "none"],
 }
 
 # %% ../nbs/00b_fields.ipynb #d1f155f8

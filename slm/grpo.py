@@ -25,6 +25,7 @@ from .optim import TrainConfig
 from .preference_loss import DPOError
 from .preference_variants import frozen_copy
 from .pretrain import load_model
+from .steps import autocast
 from .tokenizer import Tokenizer, load_tokenizer, render_chat
 
 # %% auto #0
@@ -128,9 +129,9 @@ class Roller:
     "Makes the batch of a round: prompts are drawn by seed and round, answered by the model as it is, paid, and compared."
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer, prompts: list[list[dict]], reward: Callable, reference: Callable,
-                 group: int = 8, limit: int = 200, seed: int = 0, write: Callable = write_groups):
+                 group: int = 8, limit: int = 200, write: Callable = write_groups, config: TrainConfig | None = None):
         self.model, self.tokenizer, self.prompts, self.reward, self.reference = model, tokenizer, prompts, reward, reference
-        self.group, self.limit, self.seed, self.write = group, limit, seed, write
+        self.group, self.limit, self.write, self.config = group, limit, write, config or TrainConfig(precision="float32")
 
     def answers(self, asked: list[list[dict]], seeds: list[int]) -> tuple[list[list[int]], list[list[list[int]]]]:
         "(prompt ids, a group of answers) for each conversation."
@@ -145,13 +146,14 @@ class Roller:
     @torch.no_grad()
     def batch(self, round: int, n_prompts: int) -> dict[str, Tensor]:
         "ids, labels, old, reference (N, T), advantage and reward (N,) of `n_prompts` groups."
-        training, pick = self.model.training, rng("rollout", self.seed, round)
+        training, pick = self.model.training, rng("rollout", self.config.seed, round)
         self.model.eval()
         asked = [self.prompts[i] for i in pick.choice(len(self.prompts), n_prompts, replace=len(self.prompts) < n_prompts)]
         ids, told = self.answers(asked, pick.integers(2**31, size=n_prompts).tolist())
         rewards = torch.tensor([self.pay(messages, answers) for messages, answers in zip(asked, told)])
         rows = rollout_rows(ids, told, self.tokenizer.pad_id)
-        old, reference = token_logprobs(self.model, **rows), self.reference(self.model, **rows)
+        with autocast(self.config, rows["ids"].device):  # as in training, so that the first ratio is 1
+            old, reference = token_logprobs(self.model, **rows), self.reference(self.model, **rows)
         self.model.train(training)
         return rows | {"old": old, "reference": reference, "advantage": group_advantages(rewards).flatten(), "reward": rewards.flatten()}
 
@@ -208,7 +210,7 @@ def grpo(
     model, checkpoint = load_model(base_path)
     tokenizer = load_tokenizer(Path(checkpoint.path) / "tokenizer.json")
     prompts = fitting_prompts(tokenizer, prompts, model.config.context_length)
-    roller = Roller(model, tokenizer, prompts, reward, reference_of(model, lora), group, limit, config.seed, write)
+    roller = Roller(model, tokenizer, prompts, reward, reference_of(model, lora), group, limit, write, config)
     make = lambda number: kept_round(Path(run_dir) / "rounds", number, lambda: roller.batch(number, config.batch_size // group))
     settings = {"group": group, "clip": clip, "kl_weight": kl_weight, "updates": updates, "limit": limit}
     return fine_tune(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHARD', 'OFFLINE', 'card_head', 'is_hub_copy', 'check_licence', 'one_licence', 'card_licence', 'copy_source',
-           'hub_facts', 'hub_trouble', 'hub_call', 'hub_explain', 'hub_rows', 'hub_source']
+           'name_parts', 'hub_facts', 'hub_trouble', 'hub_call', 'hub_explain', 'hub_rows', 'hub_source']
 
 # %% ../nbs/41b_hub.ipynb #bee35bda
 import re
@@ -62,15 +62,24 @@ def copy_source(folder: Path, name: str, config: str | None, text_field: str, sp
 # %% ../nbs/41b_hub.ipynb #b1349290
 OFFLINE = "where there is a network, hf download --repo-type dataset {repo} --local-dir FOLDER fetches a copy: give that folder here"
 
-def hub_facts(repo: str) -> tuple[str | None, str | None]:
-    """(revision, licence) of a data set on the hub; (None, None) in offline mode, where only cached copies are used. Raises DataError."""
+def name_parts(name: str) -> tuple[str, str | None, str | None]:
+    """(repository, config, revision) of "owner/name:config@revision"; the last two may be left out."""
+    name, _, revision = name.partition("@")
+    repo, _, config = name.partition(":")
+    return repo, config or None, revision or None
+
+def hub_facts(repo: str, revision: str | None = None) -> tuple[str | None, str | None]:
+    """(hash of the revision, licence) of a data set on the hub; (`revision`, None) in offline mode, where only cached copies are used.
+    Raises DataError."""
     import huggingface_hub
     from huggingface_hub import errors
     try:
-        info = huggingface_hub.HfApi().dataset_info(repo, timeout=10, token=(known_tokens() or [None])[0])
-        return info.sha, one_licence(getattr(info.card_data, "license", None))
+        api, more = huggingface_hub.HfApi(), {"timeout": 10, "token": (known_tokens() or [None])[0]}
+        card = api.dataset_info(repo, **more)
+        info = api.dataset_info(repo, revision=revision, **more) if revision else card
+        return info.sha, one_licence(getattr(card.card_data, "license", None))
     except errors.OfflineModeIsEnabled:
-        return None, None
+        return revision, None
     except Exception as error:
         raise DataError(hub_trouble(repo, error)) from None
 
@@ -89,17 +98,20 @@ def hub_trouble(repo: str, error: Exception) -> str:
 
 # %% ../nbs/41b_hub.ipynb #0c161306
 def hub_call(name: str, split: str, licence: str | None = None) -> tuple[list, dict]:
-    """What to give to `load_dataset` for "owner/name" or "owner/name:config". Raises DataError, also for another licence than expected."""
-    repo, _, config = name.partition(":")
-    revision, found = hub_facts(repo)
+    """What to give to `load_dataset` for "owner/name", "owner/name:config", either with "@revision". Raises DataError, also for another
+    licence than expected."""
+    repo, config, wanted = name_parts(name)
+    revision, found = hub_facts(repo, wanted)
     check_licence(name, found, licence)
-    return [repo, config or None], {"split": split, "revision": revision, "token": (known_tokens() or [None])[0]}
+    return [repo, config], {"split": split, "revision": revision, "token": (known_tokens() or [None])[0]}
 
 # %% ../nbs/41b_hub.ipynb #e3273a48
 def hub_explain(name: str) -> Callable[[str], str]:
     """A function from a library's reason to the sentence for data set `name`."""
-    offline = OFFLINE.format(repo=name.partition(":")[0])
-    return lambda reason: f"hub data set {name!r} cannot be read: {reason}; check its split and config, or the network; {offline}"
+    offline = OFFLINE.format(repo=name_parts(name)[0])
+    old = f"what it gave is there as {name.partition('@')[0]}@refs/convert/parquet"
+    cure = lambda reason: old if "scripts are no longer" in reason else f"check its split and config, or the network; {offline}"
+    return lambda reason: f"hub data set {name!r} cannot be read: {reason}; {cure(reason)}"
 
 def hub_rows(name: str, split: str = "train") -> Iterator[dict]:
     """The raw rows of a data set of the hub, streamed. Raises DataError."""
@@ -108,7 +120,7 @@ def hub_rows(name: str, split: str = "train") -> Iterator[dict]:
 
 # %% ../nbs/41b_hub.ipynb #cac0f92a
 def hub_source(name: str, text_field: str, split: str, licence: str | None = None) -> Source:
-    """A data set of the hub, "owner/name" or "owner/name:config", as a source. Raises DataError when it cannot be had."""
+    """A data set of the hub, "owner/name" or "owner/name:config@revision", as a source. Raises DataError when it cannot be had."""
     args, kwargs = hub_call(name, split, licence)
     identity = ["hub", *args, split, text_field, kwargs["revision"]]
     return Source(name, lambda: stream_rows(name, text_field, hub_explain(name), *args, **kwargs), lambda: identity)

@@ -52,17 +52,19 @@ def naive_int4(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     "The oracle: make the float weights again, then multiply. x (…, K) → (…, N)."
     return F.linear(x, dequantize_int4(packed, scale, x.shape[-1]).to(x.dtype))
 
-class Tiles:
+class Tiles(nn.Module):
     "A matrix in the order that torch's int4 product reads; groups of 32, 64, 128 or 256 weights. Raises `QuantizeError` for others."
 
     def __init__(self, packed: Tensor, scale: Tensor):
+        super().__init__()
         self.rows, self.group = len(packed), 2 * packed.shape[1] // scale.shape[1]
         if self.group not in (32, 64, 128, 256):
             raise QuantizeError(f"the tiled product knows groups of 32, 64, 128 and 256 weights, not {self.group}: use the naive one")
         fill = (0, 0, 0, -self.rows % 16)
         numbers = F.pad(unpack_nibbles(packed).int() + 8, fill)
-        self.tiles = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
-        self.steps = torch.stack([F.pad(scale, fill).t(), F.pad(torch.zeros_like(scale), fill).t()], -1).contiguous()
+        steps = torch.stack([F.pad(scale, fill).t(), F.pad(torch.zeros_like(scale), fill).t()], -1).contiguous()
+        self.register_buffer("tiles", torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1), persistent=False)
+        self.register_buffer("steps", steps, persistent=False)                       # beside the nibbles, never in a file
 
     def multiply(self, x: Tensor) -> Tensor:
         "x (M, K) → (M, N), computed in bfloat16."

@@ -10,8 +10,9 @@ import json
 from .patterns import Alt, Chars, ConstraintError, Node, Repeat, Seq, Text, others, parse_pattern, tidy
 
 # %% auto #0
-__all__ = ['DIGIT', 'DIGITS', 'NUMBER', 'INTEGER', 'FRACTION', 'ESCAPED', 'CHAR', 'MONTH_DAY', 'CLOCK', 'OCTET', 'FORMATS',
-           'digits_between', 'whole_between', 'positive_between', 'decimal_between', 'written', 'escape_node']
+__all__ = ['DIGIT', 'DIGITS', 'NUMBER', 'INTEGER', 'FRACTION', 'ESCAPED', 'CHAR', 'MONTH_DAY', 'CLOCK', 'OCTET', 'NAME',
+           'FORMATS', 'digits_between', 'whole_between', 'positive_between', 'decimal_between', 'written',
+           'escape_node']
 
 # %% ../nbs/91f_json_parts.ipynb #9121a2fd
 DIGIT, DIGITS = Chars(((48, 57),)), 15           # digits that survive in every program's floating-point numbers
@@ -88,9 +89,11 @@ def escape_node(node: Node) -> Node:
 MONTH_DAY = "(((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01]))|((0[469]|11)-(0[1-9]|[12][0-9]|30))|(02-(0[1-9]|1[0-9]|2[0-8])))"
 CLOCK = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
 OCTET = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
+NAME = "[A-Za-z0-9]([A-Za-z0-9-]{0,20}[A-Za-z0-9])?"
 FORMATS = {
     "date": f"[0-9]{{4}}-{MONTH_DAY}", "time": CLOCK, "date-time": f"[0-9]{{4}}-{MONTH_DAY}T{CLOCK}",
     "uuid": "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}",
     "email": r"[A-Za-z0-9]{1,20}([._+-][A-Za-z0-9]{1,20}){0,3}@([A-Za-z0-9]{1,20}(-[A-Za-z0-9]{1,20}){0,2}\.){1,3}[A-Za-z]{2,10}",
-    "ipv4": rf"({OCTET}\.){{3}}{OCTET}",
+    "ipv4": rf"({OCTET}\.){{3}}{OCTET}", "hostname": rf"{NAME}(\.{NAME}){{0,3}}",
+    "uri": rf"https?://{NAME}(\.{NAME}){{1,3}}(:[1-9][0-9]{{1,3}})?(/[A-Za-z0-9._~-]{{0,30}}){{0,5}}",
 }

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'RIVALS', 'FAULTS', 'sentences', 'names_in', 'no_repeat', 'strangers', 'keeps_hero', 'colors_of', 'mentions',
-           'pattern_of', 'patterns', 'tells_event', 'closings', 'ending_of', 'judge_write', 'judge_continue',
-           'judge_rewrite', 'same_words', 'right_answer', 'judge_answer', 'judge', 'wilson', 'share', 'met',
-           'judge_score', 'fault_hero', 'fault_object', 'fault_details', 'fault_repeat', 'fault_cut', 'Turncoat',
+           'pattern_of', 'patterns', 'tells_event', 'closings', 'ending_of', 'flawless', 'judge_write', 'goes_on',
+           'judge_continue', 'judge_rewrite', 'same_words', 'right_answer', 'judge_answer', 'judge', 'wilson', 'share',
+           'met', 'judge_score', 'fault_hero', 'fault_object', 'fault_details', 'fault_repeat', 'fault_cut', 'Turncoat',
            'fault_ending', 'fault_plot', 'wrong_answer', 'wrong_story', 'preference', 'preferences']
 
 # %% ../nbs/40g_judge.ipynb #f62be714
@@ -19,7 +19,7 @@ from functools import lru_cache
 from .language import Alt, Literal, Pick, Slot, StoryError, Teller, compile_plans, definite, readings
 from .lexicon import WORDS
 from .plots import PLOTS
-from .storyworld import ENDINGS, Story, finished, possible, read, story, tell
+from .storyworld import ENDINGS, Story, finished, parsed_share, possible, read, story, tell
 from slm.tasks import (
     LIMIT, QUESTION, WRITE, Dice, ask_for, eval_prompts, instruction, instructions, questions, retell, split_title,
     understand, user,
@@ -110,8 +110,13 @@ def ending_of(text: str) -> str | None:
     return next((name for name in ENDINGS if any(pattern.search(last) for pattern in closings(name))), None)
 
 # %% ../nbs/40g_judge.ipynb #bc6c5dd2
-def judge_write(need: dict[str, str], answer: str) -> dict[str, bool]:
-    "Criteria for a story that was asked for (`plot` and `ending` only if they were named)."
+def flawless(result: dict[str, float]) -> bool:
+    "Does an answer meet every criterion in full?"
+    return bool(result) and all(value == 1 for value in result.values())
+
+# %% ../nbs/40g_judge.ipynb #96379bf2
+def judge_write(need: dict[str, str], answer: str) -> dict[str, float]:
+    "Criteria for a story that was asked for (`plot` and `ending` only if they were named): true or false, `possible` from 0 to 1."
     (_, text), ending = split_title(answer.strip()), ending_of(answer)
     found = {
         "hero": keeps_hero(text, need["N"], need["kind"]),
@@ -119,19 +124,25 @@ def judge_write(need: dict[str, str], answer: str) -> dict[str, bool]:
         "details": len(colors_of(text, need["obj"])) == 1,
         "complete": ending is not None,
         "no_repeat": bool(text) and no_repeat(text),
-        "possible": possible(answer.strip()),
+        "possible": parsed_share(answer.strip()),
     }
     found |= {"plot": tells_event(text, need["plot"])} if "plot" in need else {}
     return found | ({"ending": ending == need["ending"]} if "ending" in need else {})
 
 # %% ../nbs/40g_judge.ipynb #1a6783b1
-def judge_continue(beginning: str, answer: str) -> dict[str, bool]:
+def goes_on(beginning: str, rest: str) -> float:
+    "The share of `rest` up to which some story of this world begins and goes on like this."
+    wholes = [beginning + gap + rest for gap in (" ", "\n\n")]
+    return max(1 - (1 - parsed_share(whole)) * len(whole) / len(rest) for whole in wholes) if rest else 0.0
+
+# %% ../nbs/40g_judge.ipynb #df1074a6
+def judge_continue(beginning: str, answer: str) -> dict[str, float]:
     "Criteria for the rest of a story whose beginning was given."
     rest, name = answer.strip(), (names_in(beginning) or [""])[0]
     kind = next((word for word in re.findall(r"\w+", beginning) if word in WORDS["kind"]), name)
     return {"hero": bool(re.search(rf"\b({name}|[Tt]he {kind})\b", rest)), "complete": ending_of(rest) is not None,
             "no_repeat": bool(rest) and no_repeat(f"{beginning} {rest}"),
-            "possible": any(possible(beginning + gap + rest) for gap in (" ", "\n\n"))}
+            "possible": max(0.0, goes_on(beginning, rest))}
 
 
 def judge_rewrite(name: str, kind: str, text: str, answer: str) -> dict[str, bool]:
@@ -170,7 +181,7 @@ def judge_answer(asked: dict[str, str], answer: str) -> bool:
     return slot is not None and right_answer(answer, asked["ASK"], facts[slot], slot)
 
 
-def judge(prompt: str | Sequence[dict[str, str]], answer: str) -> dict[str, bool]:
+def judge(prompt: str | Sequence[dict[str, str]], answer: str) -> dict[str, float]:
     "Named criteria for an answer, from the prompt's text alone; StoryError when the prompt is none of this world's tasks."
     asked = understand(prompt)
     if asked is None:
@@ -193,18 +204,18 @@ def wilson(hits: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def share(values: Sequence[bool]) -> dict[str, float]:
-    "Mean, interval and number of truths."
+def share(values: Sequence[float]) -> dict[str, float]:
+    "Mean of truths (or grades from 0 to 1), interval, number. Grades vary less than truths, so for them the interval is on the safe side."
     low, high = wilson(sum(values), len(values))
     return {"mean": sum(values) / max(1, len(values)), "low": low, "high": high, "n": len(values)}
 
 # %% ../nbs/40g_judge.ipynb #632b7a33
-def met(result: dict[str, bool]) -> float:
+def met(result: dict[str, float]) -> float:
     "The share of the criteria of one answer that it meets."
     return sum(result.values()) / max(1, len(result))
 
 
-def judge_score(results: Sequence[dict[str, bool]]) -> dict:
+def judge_score(results: Sequence[dict[str, float]]) -> dict:
     "`overall`: mean share of criteria met, 95 % interval `low`–`high`; `perfect`: share that meet all; `criteria`: each; `n`."
     n, marks = len(results), [met(result) for result in results]
     mean = sum(marks) / max(1, n)
@@ -212,7 +223,7 @@ def judge_score(results: Sequence[dict[str, bool]]) -> dict:
     names = dict.fromkeys(name for result in results for name in result)
     criteria = {name: share([result[name] for result in results if name in result]) for name in names}
     return {"overall": mean, "low": max(0.0, mean - half), "high": min(1.0, mean + half),
-            "perfect": share([bool(result) and all(result.values()) for result in results]), "criteria": criteria, "n": n}
+            "perfect": share([flawless(result) for result in results]), "criteria": criteria, "n": n}
 
 # %% ../nbs/40g_judge.ipynb #be7b72b0
 def fault_hero(told: Story, dice: Dice) -> str:

@@ -33,10 +33,14 @@ WORDS["trait"] = words("""brave curious kind shy clever cheerful gentle stubborn
     playful polite bold wise silly friendly nimble thoughtful restless jolly lonely grumpy tiny young lucky""")
 WORDS["look"] = words("""sleepy tall old skinny plump noisy busy muddy dusty lost tired funny strange rich poor hungry wet nervous elegant
     famous hurried fluffy freckled sunburned bored chubby wrinkled smiling whistling limping yawning sneezing""")
+WORDS["folk"] = words("""baker farmer miller sailor gardener tailor barber fisherman soldier drummer painter potter shepherd hunter
+    blacksmith carpenter juggler clown singer dancer poet postman doctor nurse king queen prince princess knight wizard captain pilot""")
 WORDS["kin"] = words("mother father grandmother grandfather aunt uncle brother sister cousin teacher neighbor godmother")
 
 # %% ../nbs/40b_lexicon.ipynb #0a583b8c
 WORDS["color"] = words("""red blue green yellow purple orange white black brown pink golden silver""")
+WORDS["shade"] = words("""pale dark bright faded striped spotted speckled dotted glowing gleaming sparkling colorful crooked round
+    pointed heavy pleasant curly misty cheap rare hollow wavy spotless""")
 WORDS["size"] = words("""little big tiny small old new plain fancy lovely pretty shiny special beautiful splendid fine handmade large huge
     strange clean magic smooth painted soft""")
 WORDS["thing"] = words("""kite ball drum lantern scarf hat boat whistle puppet doll book key map bell basket umbrella mirror ribbon flute
@@ -179,7 +183,7 @@ WORDS["beast"] = words("bull bear wolf lion crocodile giant thief troll ghost wi
 
 # %% ../nbs/40b_lexicon.ipynb #710e898e
 MACROS |= {"@" + name: "<a:size> <col=color> <obj=%s!>" % name for name in ("thing", "tool", "craft", "runaway")} | {
-    "@my": "my <size> <col=color> <obj=thing!>", "@other": "<a:look> <kind!>",
+    "@my": "my <size> <col=color> <obj=thing!>", "@other": "<a:look> <folk!>",
     "@2": "<N2=name!> the <trait> <look> <kind2=kind!>", "@3": "<N3=name!> the <trait> <look> <kind3=kind!>",
     "@place": "the <air> <place=place!>", "@far": "the <air> <place2=place!>", "@says": "<said>{ <tone>|}",
     "@day": "{One <weather> <time>|On <a:weather> <time> in <season>|Early one <weather> morning|Late one <weather> evening"

@@ -5,29 +5,22 @@
 # %% ../nbs/31_lora.ipynb #1b66f75b
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .artifacts import write_tensors
-from .config import ModelConfig, SLMError, check_ranges, check_types, from_dict, to_dict
-from .files import ArtifactError, explain_os_error, read_json, write_json
-from .folders import atomic_dir, verify
-from .model import TransformerLM, model_from_state
+from .config import ModelConfig, SLMError, check_choices, check_ranges, check_types
+from .model import TokenEmbedding, TransformerLM, model_from_state
 
 # %% auto #0
-__all__ = ['EVERY_MATRIX', 'LoRAConfig', 'Adapter', 'LoRALinear', 'LoRAError', 'choose_layers', 'lora_layers', 'set_adapter',
-           'add_lora', 'lora_parameters', 'adapters_off', 'merge_lora', 'base_hash', 'adapter_tensors', 'save_adapter',
-           'read_adapter', 'load_adapter']
+__all__ = ['EVERY_MATRIX', 'LoRAConfig', 'Adapter', 'LoRALinear', 'RowAdapter', 'rows_of', 'LoRAEmbedding', 'LoRAHead',
+           'LoRAError', 'choose_layers', 'lora_layers', 'set_adapter', 'choose_tables', 'add_lora', 'lora_parameters',
+           'adapters_off', 'merge_lora']
 
 # %% ../nbs/31_lora.ipynb #82239a4f
 EVERY_MATRIX = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -41,10 +34,13 @@ class LoRAConfig:
     targets: tuple[str, ...] = EVERY_MATRIX   # last names of linear layers, or patterns such as layers.0.*
     rslora: bool = False                      # divide alpha by √rank, not by rank
     dora: bool = False                        # learn the length of each row by itself
+    embeddings: str = "special"               # rows of the embedding, and of an untied head, trained too: special, all, none
+    special: tuple[int, ...] = ()             # ids of the special tokens; fine-tuning takes them from the tokenizer
     seed: int = 0                             # of A
 
     def __post_init__(self):
         check_types(self)
+        check_choices(self, ("embeddings",))
         check_ranges(self, {"rank": (1, 4096), "alpha": (1e-6, 1e6), "dropout": (0.0, 0.9), "seed": (0, 2**32 - 1)})
 
     @property
@@ -101,6 +97,63 @@ class LoRALinear(nn.Linear):
         "The matrix (out, in) of the base and its active adapter."
         return self.adapters[self.active].changed(self.weight) if self.active in self.adapters else self.weight
 
+# %% ../nbs/31_lora.ipynb #b375a0cf
+class RowAdapter(nn.Module):
+    "The correction of some rows of a table (V, D): what is added to each, `delta` (n, D)."
+
+    def __init__(self, weight: Tensor, config: LoRAConfig):
+        super().__init__()
+        rows = range(len(weight)) if config.embeddings == "all" else sorted(set(config.special))
+        self.register_buffer("rows", torch.tensor(rows, device=weight.device), persistent=False)
+        self.delta, self.config = nn.Parameter(weight.new_zeros(len(rows), weight.shape[1])), config
+
+    def changed(self, weight: Tensor) -> Tensor:
+        "The table (V, D) that base and adapter make together."
+        return weight.index_add(0, self.rows, self.delta)
+
+    def added(self, ids: Tensor) -> Tensor:
+        "What the vectors of ids (…) gain, (…, D)."
+        place = torch.searchsorted(self.rows, ids.contiguous()).clamp_max(len(self.rows) - 1)
+        return F.embedding(place, self.delta) * (self.rows[place] == ids)[..., None]
+
+    def scored(self, scores: Tensor, hidden: Tensor) -> Tensor:
+        "Scores (…, V) of hidden vectors (…, D), those of the changed rows corrected."
+        return scores.index_add(-1, self.rows, F.linear(hidden, self.delta))
+
+# %% ../nbs/31_lora.ipynb #16648b83
+def rows_of(layer: nn.Module) -> RowAdapter | None:
+    "The correction of a table that is in use, if any."
+    return layer.adapters[layer.active] if layer.active in layer.adapters else None
+
+class LoRAEmbedding(TokenEmbedding):
+    "A table whose weights are those of the one it replaces, with corrections of its rows by name, as in `LoRALinear`."
+
+    def __init__(self, base: TokenEmbedding):
+        super().__init__(*base.weight.shape, device="meta")
+        self.weight, self.adapters, self.active = base.weight, nn.ModuleDict(), None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        "ids (B, T) → (B, T, D); raises `ModelError` for an id that has no row."
+        vectors, rows = super().forward(ids), rows_of(self)
+        return vectors if rows is None else vectors + rows.added(ids)
+
+    def unembed(self, hidden: Tensor) -> Tensor:
+        "hidden (…, D) → scores (…, V)."
+        scores, rows = super().unembed(hidden), rows_of(self)
+        return scores if rows is None else rows.scored(scores, hidden)
+
+    def merged(self) -> Tensor:
+        "The table (V, D) of the base and its active rows."
+        return self.weight if rows_of(self) is None else rows_of(self).changed(self.weight)
+
+class LoRAHead(LoRALinear):
+    "An untied head in the same way: corrections of its rows."
+
+    def forward(self, x: Tensor) -> Tensor:
+        "x (…, in) → (…, out)."
+        scores, rows = F.linear(x, self.weight, self.bias), rows_of(self)
+        return scores if rows is None else rows.scored(scores, x)
+
 # %% ../nbs/31_lora.ipynb #6d3ac31e
 class LoRAError(SLMError, ValueError):
     "An adapter that does not fit: its target, its name, or its base; the sentence says which."
@@ -119,9 +172,9 @@ def choose_layers(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Li
     return {name: part for name, part in inner.items() if name in chosen}
 
 # %% ../nbs/31_lora.ipynb #7106f380
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear | LoRAEmbedding]:
     "The layers of a model that hold adapters, by name."
-    return {name: part for name, part in model.named_modules() if isinstance(part, LoRALinear)}
+    return {name: part for name, part in model.named_modules() if isinstance(part, (LoRALinear, LoRAEmbedding))}
 
 def set_adapter(model: nn.Module, name: str | None) -> nn.Module:
     "Use this adapter, or none; only its numbers are trained. Raises `LoRAError` for a name that the model does not know."
@@ -136,23 +189,37 @@ def set_adapter(model: nn.Module, name: str | None) -> nn.Module:
     return model
 
 # %% ../nbs/31_lora.ipynb #d2f07cff
+def choose_tables(model: nn.Module, config: LoRAConfig) -> dict[str, nn.Module]:
+    "The embedding and an untied head, if rows of them are to be trained. Raises `LoRAError` for ids without a row."
+    if config.embeddings == "none" or (config.embeddings == "special" and not config.special): return {}
+    tables = {name: part for name in ("embed", "head") if (part := getattr(model, name, None)) is not None}
+    if config.embeddings == "special" and not 0 <= min(config.special) <= max(config.special) < len(model.embed.weight):
+        raise LoRAError(f"special holds ids from {min(config.special)} to {max(config.special)}, but the model has "
+                        f"{len(model.embed.weight)} tokens: take them from its own tokenizer")
+    return tables
+
+# %% ../nbs/31_lora.ipynb #f064eed3
 def add_lora(model: nn.Module, config: LoRAConfig = LoRAConfig(), name: str = "default") -> nn.Module:
     "Give a model a fresh adapter, in place, and make it the active one. Raises `LoRAError` for a name that is taken or not a word."
     if not name.isidentifier(): raise LoRAError(f"an adapter cannot be called {name!r}: use letters, digits and _")
-    generator = torch.Generator().manual_seed(config.seed)
-    for path, layer in choose_layers(model, config.targets).items():
-        if not isinstance(layer, LoRALinear):
+    generator, tables = torch.Generator().manual_seed(config.seed), choose_tables(model, config)
+    for path, layer in (choose_layers(model, config.targets) | tables).items():
+        if not isinstance(layer, (LoRALinear, LoRAEmbedding)):
             parent, _, last = path.rpartition(".")
-            setattr(model.get_submodule(parent), last, layer := LoRALinear(layer))
+            wrap = LoRALinear if path not in tables else LoRAEmbedding if path == "embed" else LoRAHead
+            setattr(model.get_submodule(parent), last, layer := wrap(layer))
         if name in layer.adapters: raise LoRAError(f"the model has an adapter {name!r} already: choose another name")
-        layer.adapters[name] = Adapter(layer.weight, config, generator)
+        layer.adapters[name] = RowAdapter(layer.weight, config) if path in tables else Adapter(layer.weight, config, generator)
     return set_adapter(model, name)
 
 # %% ../nbs/31_lora.ipynb #e95438b3
 def lora_parameters(config: ModelConfig, lora: LoRAConfig) -> int:
     "How many numbers an adapter trains, without building the model."
-    with torch.device("meta"): layers = choose_layers(TransformerLM(config), lora.targets).values()
-    return sum(lora.rank * (part.in_features + part.out_features) + lora.dora * part.out_features for part in layers)
+    with torch.device("meta"): model = TransformerLM(config)
+    layers, tables = choose_layers(model, lora.targets).values(), choose_tables(model, lora)
+    rows = config.vocab_size if lora.embeddings == "all" else len(set(lora.special))
+    return sum(lora.rank * (part.in_features + part.out_features) + lora.dora * part.out_features for part in layers) \
+        + len(tables) * rows * config.d_model
 
 # %% ../nbs/31_lora.ipynb #d05bce99
 @contextmanager
@@ -174,53 +241,3 @@ def merge_lora(model: TransformerLM, name: str | None = None) -> TransformerLM:
     tensors = {key: t for key, t in model.state_dict().items() if ".adapters." not in key}
     merged = {f"{path}.weight": layer.adapters[name].changed(layer.weight) for path, layer in layers.items() if name in layer.adapters}
     return model_from_state(model.config, tensors | {key: t.detach() for key, t in merged.items()}).train(model.training)
-
-# %% ../nbs/31_lora.ipynb #743337c8
-def base_hash(model: nn.Module) -> str:
-    "SHA-256 of the names, shapes and bytes of all weights of a model, its adapters left out."
-    digest = hashlib.sha256()
-    for name, t in sorted(model.state_dict().items()):
-        if ".adapters." in name: continue
-        digest.update(f"{name} {tuple(t.shape)} {t.dtype} ".encode())
-        digest.update(t.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-# %% ../nbs/31_lora.ipynb #2ac798d6
-def adapter_tensors(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    "The live tensors of one adapter: `layers.0.attn.q_proj.A` and so on."
-    parts = {path: layer.adapters[name] for path, layer in lora_layers(model).items() if name in layer.adapters}
-    if not parts: raise LoRAError(f"the model has no adapter {name!r}: add one with add_lora")
-    return {f"{path}.{key}": t for path, part in parts.items() for key, t in part.state_dict(keep_vars=True).items()}
-
-# %% ../nbs/31_lora.ipynb #e9923c89
-def save_adapter(path: str | Path, model: nn.Module, name: str = "default", parents: dict[str, str] | None = None) -> Path:
-    "Write one adapter as a folder with a manifest. Raises `ArtifactError`."
-    tensors, path = adapter_tensors(model, name), Path(path)
-    config = next(layer.adapters[name].config for layer in lora_layers(model).values() if name in layer.adapters)
-    with atomic_dir(path, "adapter", parents, {"rank": config.rank, "base": base_hash(model)}) as folder:
-        write_tensors(folder / "adapter.safetensors", tensors)
-        write_json(folder / "adapter.json", {"name": name, "lora": to_dict(config), "base_sha256": base_hash(model)})
-    return path
-
-# %% ../nbs/31_lora.ipynb #5fbc27dc
-def read_adapter(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    "The settings and tensors of an adapter folder, every file verified. Raises `ArtifactError`."
-    path, kind = Path(path), verify(path)["kind"]
-    if kind != "adapter": raise ArtifactError(f"{path} holds a {kind}, not an adapter")
-    try: return read_json(path / "adapter.json"), load_file(str(path / "adapter.safetensors"))
-    except (OSError, SafetensorError) as error: raise explain_os_error(error, path) from None
-
-# %% ../nbs/31_lora.ipynb #34616be1
-def load_adapter(path: str | Path, model: nn.Module, name: str | None = None) -> str:
-    "Add a saved adapter to its base and make it the active one; returns its name. Raises `LoRAError` for another base."
-    info, tensors = read_adapter(path)
-    found = base_hash(model)
-    if found != info["base_sha256"]:
-        raise LoRAError(f"{path} was trained on the base {info['base_sha256'][:12]}, but this model is {found[:12]}: load its own base")
-    name = name or info["name"]
-    add_lora(model, from_dict(LoRAConfig, info["lora"], "lora"), name)
-    for key, t in adapter_tensors(model, name).items():
-        if key not in tensors or tensors[key].shape != t.shape:
-            raise LoRAError(f"{path} has no {key} of shape {tuple(t.shape)}: make it again")
-        t.data.copy_(tensors[key])
-    return name

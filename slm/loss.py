@@ -154,11 +154,12 @@ def ratio_interval(numerators: np.ndarray, denominators: np.ndarray, resamples: 
 
 # %% ../nbs/50_loss.ipynb #ad487d70
 def bits_per_byte(model: nn.Module, token_docs: list[list[int]], n_bytes: int | list[int], batch_size: int = 16) -> dict:
-    "Bits per UTF-8 byte of text, with a 95 % interval over documents. `n_bytes`: of each document, or of all (then shared out by tokens)."
+    "Bits per UTF-8 byte with a 95 % interval over documents, and nats a token. `n_bytes`: of each document, or of all (then shared out)."
     if not token_docs or not np.sum(n_bytes) > 0:
         raise SLMError("bits per byte need at least one document with at least one byte of text: pass some held-out text")
     bits, tokens = document_bits(model, token_docs, batch_size), np.array([len(ids) - 1 for ids in token_docs])
     sizes = np.array(n_bytes, dtype=float) if np.ndim(n_bytes) else n_bytes * tokens / tokens.sum()
     low, high = ratio_interval(bits, sizes)
-    return {"bits_per_byte": nats_to_bits_per_byte(float(bits.sum()) * math.log(2), float(sizes.sum())), "low": low, "high": high,
-            "bits": float(bits.sum()), "bytes": int(round(sizes.sum())), "docs": len(token_docs)}
+    nats = float(bits.sum()) * math.log(2)
+    return {"bits_per_byte": nats_to_bits_per_byte(nats, float(sizes.sum())), "low": low, "high": high,
+            "val_loss": nats / int(tokens.sum()), "bits": float(bits.sum()), "bytes": int(round(sizes.sum())), "docs": len(token_docs)}

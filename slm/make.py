@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['save_tokenizer', 'tokenizer_train', 'tokenizer_encode', 'tokenizer_show', 'keep_rows', 'tokenizer_compare',
-           'tokenizer_bench', 'split_settings', 'training_config', 'announce', 'filming', 'held_out',
-           'start_pretraining', 'export_command', 'import_command', 'plan_lines', 'plan_command']
+           'tokenizer_bench', 'split_settings', 'training_config', 'announce', 'share_of_peak', 'filming', 'held_out',
+           'pack_and_tokenizer', 'start_pretraining', 'export_command', 'import_command', 'plan_lines', 'plan_command']
 
 # %% ../nbs/98b_make.ipynb #f4b9f0e8
 import os
@@ -32,9 +32,10 @@ def tokenizer_train(source: str, *, out: Path = Path("data/tokenizer"), vocab_si
     \b
     slm tokenizer train book.txt --vocab-size 2048 --out data/book-tokenizer
     """
-    from slm.data import open_source
+    from itertools import islice
+    from slm.source_list import named_source
     from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer
-    texts = (doc["text"] for doc in open_source(source, seed=seed, limit_docs=max_docs))
+    texts = (doc["text"] for doc in islice(named_source(source, seed=seed), max_docs))
     tok = BPETokenizer.train(texts, vocab_size=vocab_size, special_tokens=SPECIAL_TOKENS, pattern=pattern)
     write(f"{save_tokenizer(tok, out)}  ·  {tok.vocab_size:,} tokens\n")
 
@@ -145,9 +146,16 @@ def training_config(settings: Iterable[str], **values) -> object:
 # %% ../nbs/98b_make.ipynb #b07286c7
 def announce(out: Path, summary: dict, quiet: bool = False) -> None:
     """Say where a training run lies and what it came to; everything else is in its log."""
-    told = ("step", "tokens", "loss", "bits_per_byte", "val_loss", "accuracy", "val_accuracy", "margin", "reward", "val_reward")
+    told = ("step", "tokens", "mfu", "loss", "bits_per_byte", "val_loss", "accuracy", "val_accuracy", "margin", "reward", "val_reward")
     figures = {name: summary[name] for name in told if summary.get(name) is not None}
     write("" if quiet else f"{out}  ·  {describe(figures)}\n")
+
+# %% ../nbs/98b_make.ipynb #472f3988
+def share_of_peak(done: dict, shape: object, length: int, device: object, processes: int = 1) -> dict:
+    """{"mfu": …} of a finished training on a CUDA device; elsewhere nothing."""
+    from slm.train_bench import matmul_peak, utilisation
+    if device.type != "cuda": return {}
+    return {"mfu": utilisation(shape, length, done["tokens_per_second"] / processes, matmul_peak())}
 
 # %% ../nbs/98b_make.ipynb #5cac8611
 def filming(model: object, tok: object, config: object, out: Path) -> object:
@@ -168,20 +176,30 @@ def held_out(pack: object, tok: object) -> tuple[list[list[int]], list[int]]:
     return docs, [len(tok.decode_bytes(doc[1:-1])) for doc in docs]
 
 # %% ../nbs/98b_make.ipynb #7ddc9d0c
+def pack_and_tokenizer(pack_dir: Path, tok_dir: Path) -> tuple[object, object]:
+    """Both, loaded. Raises SLMError where the pack was written with another tokenizer."""
+    from slm.config import SLMError
+    from slm.data import Pack
+    from slm.tokenizer import load_tokenizer
+    pack, tok = Pack(pack_dir), load_tokenizer(tok_dir)
+    if pack.metadata["tokenizer"] != tok.hash:
+        raise SLMError(f"{pack_dir} was not written with the tokenizer in {tok_dir}: give the one that it was made with (--tokenizer)")
+    return pack, tok
+
+# %% ../nbs/98b_make.ipynb #338b7b24
 def start_pretraining(pack_dir: Path, tok_dir: Path, preset_name: str, shape: list[str], config: object, out: Path, quiet: bool,
-                      film: bool = False, rows: str = "aligned", masks: bool = False, **more) -> dict:
+                      film: bool = False, rows: str = "aligned", masks: bool = False, copier: bool = False, **more) -> dict:
     """Build the model that a preset and settings describe, and train it on a pack; `more` goes to `train`, whose summary is returned.
-    `film` keeps log-spaced snapshots in `out`/film; `rows` and `masks` are the loader's."""
+    `film` keeps log-spaced snapshots in `out`/film; `rows` and `masks` are the loader's; `copier` begins with `copier_init`."""
     from functools import partial
     from slm.artifacts import artifact_id
     from slm.config import override, preset, seed_everything
-    from slm.data import Pack
     from slm.loading import Ahead, Loader
-    from slm.model import TransformerLM
+    from slm.model import TransformerLM, copier_init
     from slm.pretrain import bits_per_byte, lm_loss, train
     from slm.sample import LM
-    from slm.tokenizer import load_tokenizer
-    pack, tok = Pack(pack_dir), load_tokenizer(tok_dir)
+    from slm.steps import device_of
+    pack, tok = pack_and_tokenizer(pack_dir, tok_dir)
     model_config = override(preset(preset_name), [f"vocab_size={tok.vocab_size}", *shape])
     seed_everything(config.seed)
     docs, sizes = held_out(pack, tok)
@@ -189,11 +207,13 @@ def start_pretraining(pack_dir: Path, tok_dir: Path, preset_name: str, shape: li
     evaluate = (lambda model: bits_per_byte(model, docs, sizes)) if docs else None
     sample = lambda model: LM(model, tok).generate("Once upon a time", max_new_tokens=40, seed=config.seed)
     model = TransformerLM(model_config)
+    if copier: copier_init(model); more["state_extra"] = {"start": "copier"}
     if film: more["on_step"] = filming(model, tok, config, out)
-    return train(
+    done = train(
         model, batch_at, partial(lm_loss, z_loss=config.z_loss), config, out, evaluate=evaluate, sample=sample,
         parents={"pack": artifact_id(pack_dir)}, quiet=quiet,
         files={"tokenizer.json": tok_dir / "tokenizer.json" if tok_dir.is_dir() else tok_dir}, **more)
+    return done | share_of_peak(done, model_config, config.context_length, device_of(model), int(os.environ.get("WORLD_SIZE", 1)))
 
 # %% ../nbs/98b_make.ipynb #707fc217
 @command(app, "export", out=Word("Folder (hf) or file (gguf) to write."),
@@ -239,17 +259,19 @@ def plan_lines(shape: object, minutes: float, batch_size: int, context_length: i
 # %% ../nbs/98b_make.ipynb #f02f846b
 @command(app, "plan", speed=Word("Tokens/s to reckon with. Default: measured here, from a model of one and of two layers.", low=1),
          minutes=Word("Time for training.", "m", low=0.01), steps=Word("Plan this many updates, however long they take.", "n", low=1))
-def plan_command(*, preset: str = "story", minutes: float = 10, steps: Optional[int] = None, batch_size: int = 16,
+def plan_command(*, preset: str = "story", minutes: float = 10, steps: Optional[int] = None, batch_size: int = 8,
                  context_length: int = 256, speed: Optional[float] = None, settings: list[str] = ()) -> None:
     """Time, tokens, memory and what fits, before training.
 
     \b
     slm plan --preset 15m --minutes 30
     slm plan --set model.n_layer=8 --steps 5000 --speed 9000
+    slm plan --preset 125m --set train.batch_size=32
     """
     from slm import accounting, config
     shape = config.override(config.preset(preset), split_settings(settings)["model"])
-    speed = speed or accounting.tokens_per_second(shape, batch_size, context_length)
-    minutes = steps * batch_size * context_length / speed / 60 if steps else minutes
-    lines = plan_lines(shape, minutes, batch_size, context_length, speed)
-    print("\n".join(f"{name:12} {value}" for name, value in lines))
+    recipe = training_config(settings, steps=steps or 1000, batch_size=batch_size, context_length=context_length)
+    rows, length = recipe.batch_size, recipe.context_length
+    speed = speed or accounting.tokens_per_second(shape, rows, length)
+    minutes = recipe.steps * rows * length / speed / 60 if steps else minutes
+    print("\n".join(f"{name:12} {value}" for name, value in plan_lines(shape, minutes, rows, length, speed)))

@@ -27,10 +27,10 @@ from .text import SPECIAL_TOKENS
 from .tokenizer import BPETokenizer, load_tokenizer
 
 # %% auto #0
-__all__ = ['SFT_TASKS', 'CONTINUE', 'MAX_ANSWER', 'JUDGE_TEMPERATURE', 'MAKERS', 'make_corpus', 'train_tokenizer',
-           'save_tokenizer', 'make_tokenizer', 'run_tokenizer', 'make_pack', 'val_docs', 'floor', 'train_hooks',
-           'pretrain_rows', 'make_pretrain', 'continuations', 'chats', 'make_sft', 'ranked_pairs', 'run_pairs',
-           'make_dpo', 'make_int8']
+__all__ = ['SFT_TASKS', 'CONTINUE', 'MAX_ANSWER', 'JUDGE_TEMPERATURE', 'PAIR_TEMPERATURE', 'MAKERS', 'make_corpus',
+           'train_tokenizer', 'save_tokenizer', 'make_tokenizer', 'run_tokenizer', 'make_pack', 'val_docs', 'floor',
+           'train_hooks', 'pretrain_rows', 'make_pretrain', 'continuations', 'chats', 'make_sft', 'ranked_pairs',
+           'run_pairs', 'make_dpo', 'make_int8']
 
 # %% ../nbs/97c_makers.ipynb #84b6ae69
 def make_corpus(run: Run) -> str:
@@ -111,7 +111,7 @@ def make_pretrain(run: Run) -> str:
     return f"{model.num_parameters():,} parameters, {done['tokens']:,} tokens, {done['tokens_per_second']:,.0f} tokens/s"
 
 # %% ../nbs/97c_makers.ipynb #c10b26a9
-SFT_TASKS = {"write": 9, "question": 2, "name": 1, "continue": 1, "rewrite": 1, "then_question": 1}  # shares of the tasks
+SFT_TASKS = {"write": 10, "question": 2, "name": 1, "continue": 1, "rewrite": 1, "then_question": 1}  # shares of the tasks
 CONTINUE = "Continue this text: "
 
 def continuations(run: Run, n: int) -> list[dict]:
@@ -141,13 +141,14 @@ def make_sft(run: Run) -> str:
 
 # %% ../nbs/97c_makers.ipynb #a97eaff2
 MAX_ANSWER = 320         # tokens; the longest story of the world is shorter
-JUDGE_TEMPERATURE = 0.7  # one temperature for every model that the judge sees
+JUDGE_TEMPERATURE = 0.3  # one temperature for every model that the judge sees
+PAIR_TEMPERATURE = 0.7   # answers to the same prompt should differ
 
 def ranked_pairs(lm: LM, prompts: list[list[dict]], n_samples: int, seed: int) -> list[dict]:
     "Answer every prompt `n_samples` times; best and worst are a pair {prompt, chosen, rejected} where the judge tells them apart."
-    pairs, good = [], lambda prompt, answer: sum(judge(prompt, answer).values())
+    pairs, good = [], lambda prompt, answer: sum(value == 1 for value in judge(prompt, answer).values())
     asked = [prompt for prompt in prompts for _ in range(n_samples)]
-    answers = lm.chat_batch(asked, max_new_tokens=MAX_ANSWER, temperature=JUDGE_TEMPERATURE, seed=seed, progress=True)
+    answers = lm.chat_batch(asked, max_new_tokens=MAX_ANSWER, temperature=PAIR_TEMPERATURE, seed=seed, progress=True)
     for i, prompt in enumerate(prompts):
         group = sorted(answers[i * n_samples:(i + 1) * n_samples], key=lambda answer: good(prompt, answer))
         if good(prompt, group[-1]) > good(prompt, group[0]):

@@ -93,8 +93,20 @@ class Masks:
 class Masks(Masks):
     "The masks of a machine's states over the tokens of a trie; both grow when asked, within `megabytes` and `max_states`."
 
+    def few(self, state: int, most: int = 48) -> list[int] | None:
+        "The nodes of the trie that a state can read, one by one; None where there are more than a few."
+        machine, trie, found, queue = self.machine, self.trie, [], [(0, state)]
+        for node, number in queue:
+            if not machine.filled[number]: machine.fill(number)
+            first, last = trie.first_child[node], trie.first_child[node] + trie.n_children[node]
+            targets = machine.table[number, trie.byte[first:last]]
+            for at in targets.nonzero()[0].tolist(): found.append(first + at), queue.append((first + at, targets[at]))
+            if len(found) > most: return None
+        return found
+
     def living(self, state: int) -> list[np.ndarray]:
         "The nodes of the trie that a state can read, level by level. Raises `ConstraintError` when that takes too much work."
+        if (few := self.few(state)) is not None: return [np.array(few, np.int64)]
         machine, nodes, states, found = self.machine, np.zeros(1, np.int64), np.array([state]), []
         while len(nodes):
             for number in np.unique(states[~machine.filled[states]]).tolist(): machine.fill(number)

@@ -55,7 +55,7 @@ class Mixture:
     target_total_words: int | None = None
     seed: int = 0
     tokenizer: object = None
-    is_new: Callable[[], Callable[[str], bool]] | None = None      # makes, for each pass, the test whether a text is no copy
+    is_new: Callable[[], Callable[[dict], bool]] | None = None     # makes, for each pass, the test whether a document is no copy
     ended: str = ""
     course: list[tuple[int, ...]] = field(default_factory=list)    # sizes of the parts at a hundred moments or more, for a picture
 
@@ -67,20 +67,20 @@ class Mixture:
         self.measure = measure(self.by, self.tokenizer)
 
 # %% ../nbs/46_mixing.ipynb #289a4dea
-def never_seen() -> Callable[[str], bool]:
-    """A test that is true for the first of equal texts, false for the others."""
+def never_seen() -> Callable[[dict], bool]:
+    """A test that is true for the first of documents of equal text, false for the others."""
     seen: set[str] = set()
-    def test(text: str) -> bool:
-        before, key = len(seen), sha256_text(text)[:32]
+    def test(item: dict) -> bool:
+        before, key = len(seen), sha256_text(item["text"])[:32]
         seen.add(key)
         return len(seen) > before
     return test
 
 # %% ../nbs/46_mixing.ipynb #5114351b
-def next_new(part: Part, texts: Iterator[dict], is_new: Callable[[str], bool]) -> dict | None:
+def next_new(part: Part, texts: Iterator[dict], is_new: Callable[[dict], bool]) -> dict | None:
     """The next document of a part that is neither empty nor a copy; None when it has run dry."""
     for item in texts:
-        if item["text"].strip() and is_new(item["text"]): return item
+        if item["text"].strip() and is_new(item): return item
         part.copies += bool(item["text"].strip())
     return None
 

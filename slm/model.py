@@ -19,8 +19,8 @@ from .layers import FFNS, NORMS, Block, Experts  # noqa: F401
 from .scores import document_mask  # noqa: F401
 
 # %% auto #0
-__all__ = ['ModelError', 'TokenEmbedding', 'init_weights', 'check_inputs', 'run_layers', 'take_balance', 'cache_for', 'Backbone',
-           'TransformerLM', 'copier_init', 'model_from_state']
+__all__ = ['ModelError', 'TokenEmbedding', 'weight_of', 'init_weights', 'check_inputs', 'run_layers', 'take_balance', 'cache_for',
+           'Bookkeeping', 'Backbone', 'TransformerLM', 'copier_init', 'model_from_state']
 
 # %% ../nbs/30_model.ipynb #d1305f2b
 class ModelError(SLMError, ValueError):
@@ -40,6 +40,11 @@ class TokenEmbedding(nn.Embedding):
     def unembed(self, hidden: Tensor) -> Tensor:
         "hidden (…, D) → scores (…, V)."
         return F.linear(hidden, self.weight)
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    "The matrix of a layer, with what an adapter makes of it where it has one."
+    return layer.merged() if hasattr(layer, "merged") else layer.weight
 
 # %% ../nbs/30_model.ipynb #acff0de6
 def init_weights(model: nn.Module) -> None:
@@ -89,8 +94,27 @@ def cache_for(config: ModelConfig, batch: int, max_length: int | None, dtype: to
     kind, room = (RollingKVCache, c.sliding_window) if rolls else (KVCache, room)
     return kind(c.n_layer, batch, c.n_kv_head, room, c.d_head, dtype, device)
 
+# %% ../nbs/30_model.ipynb #8b70f424
+class Bookkeeping(nn.Module):
+    "What any model with a `config` can say about itself: its cache, its size, and the loss of its routers."
+
+    def new_cache(self, batch: int, max_length: int | None = None, dtype: torch.dtype | None = None) -> KVCache:
+        "An empty cache for `batch` rows of up to `max_length` tokens (`context_length` by default), in the model's type."
+        p = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
+        return cache_for(self.config, batch, max_length, dtype or compute_dtype(p), p.device)
+
+    def num_parameters(self, non_embedding: bool = False) -> int:
+        "Numbers to be trained; `non_embedding` leaves out the tables for tokens, positions and the untied head."
+        left_out = ("embed.", "pos_embed.", "head.") if non_embedding else ()
+        return sum(p.numel() for n, p in self.named_parameters() if not n.startswith(left_out))
+
+    def auxiliary_loss(self) -> Tensor | None:
+        "What the routers' imbalance adds to a mean loss, weighed by `router_aux_loss_coef`; None where nothing does. Taken once."
+        weight, balance = self.config.router_aux_loss_coef, take_balance(self)
+        return weight * balance if weight and balance is not None else None
+
 # %% ../nbs/30_model.ipynb #1ec7be82
-class Backbone(nn.Module):
+class Backbone(Bookkeeping):
     "Embedding, layers and last norm: ids (B, T) → hidden vectors (B, T, D)."
 
     def __init__(self, config: ModelConfig):
@@ -115,16 +139,6 @@ class Backbone(nn.Module):
         if cache is not None: cache.advance(ids.shape[1])
         return self.norm(x)
 
-    def new_cache(self, batch: int, max_length: int | None = None, dtype: torch.dtype | None = None) -> KVCache:
-        "An empty cache for `batch` rows of up to `max_length` tokens (`context_length` by default), in the model's type."
-        p = next((p for p in self.parameters() if p.is_floating_point()), torch.empty(0))
-        return cache_for(self.config, batch, max_length, dtype or compute_dtype(p), p.device)
-
-    def num_parameters(self, non_embedding: bool = False) -> int:
-        "Numbers to be trained; `non_embedding` leaves out the tables for tokens, positions and the untied head."
-        left_out = ("embed.", "pos_embed.", "head.") if non_embedding else ()
-        return sum(p.numel() for n, p in self.named_parameters() if not n.startswith(left_out))
-
 # %% ../nbs/30_model.ipynb #9329b87e
 class TransformerLM(Backbone):
     "A decoder-only language model: ids (B, T) → logits (B, T, V) for the token that follows each one."
@@ -136,8 +150,8 @@ class TransformerLM(Backbone):
 
     @property
     def head_weight(self) -> Tensor:
-        "(V, D): the matrix that turns hidden vectors into logits, tied or not."
-        return self.embed.weight if self.head is None else self.head.weight
+        "(V, D): the matrix that turns hidden vectors into logits, tied or not, with what an adapter makes of it."
+        return weight_of(self.embed if self.head is None else self.head)
 
     def unembed(self, hidden: Tensor) -> Tensor:
         "hidden (…, D) → logits (…, V) float32, squeezed into ± `logit_softcap` where configured."
@@ -156,11 +170,6 @@ class TransformerLM(Backbone):
         "Logits (B, T, V) float32. Raises `ModelError` for ids and shapes that do not fit."
         h = self.hidden(ids, doc_ids=doc_ids, start=start, cache=cache)[:, -1 if last_only else 0:]
         return h if return_hidden else self.unembed(h)
-
-    def auxiliary_loss(self) -> Tensor | None:
-        "What the routers' imbalance adds to a mean loss, weighed by `router_aux_loss_coef`; None where nothing does. Taken once."
-        weight, balance = self.config.router_aux_loss_coef, take_balance(self)
-        return weight * balance if weight and balance is not None else None
 
 # %% ../nbs/30_model.ipynb #9db9b479
 @torch.no_grad()

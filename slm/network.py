@@ -5,14 +5,15 @@
 # %% ../nbs/91c_network.ipynb #a12425c2
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import numpy as np
 
 from .patterns import Alt, Call, Chars, ConstraintError, Node, Repeat, Seq, Text
 
 # %% auto #0
-__all__ = ['NEVER', 'utf8_ranges', 'Edges', 'Builder', 'Network', 'first_calls', 'check_recursion']
+__all__ = ['NEVER', 'utf8_ranges', 'Edges', 'Builder', 'columns', 'byte_runs', 'draw_graph', 'draw_edge', 'Network',
+           'first_calls', 'check_recursion']
 
 # %% ../nbs/91c_network.ipynb #65ca18db
 def utf8_ranges(first: int, last: int) -> Iterator[tuple[tuple[int, int], ...]]:
@@ -136,6 +137,62 @@ class Builder(Builder):
         "Through another rule and back."
         self.calls[start].append((node.name, end := self.new()))
         return end
+
+# %% ../nbs/91c_network.ipynb #59fea152
+def columns(edges: Collection[tuple], first: object) -> dict:
+    "How many steps the longest way from the first node to each other one takes, edges that lead back left out."
+    order, open_, kept, done = [], set(), [], set()
+    def visit(a: object) -> None:
+        open_.add(a), done.add(a)
+        for b in (b for x, b in edges if x == a and b not in open_):
+            kept.append((a, b))
+            if b not in done: visit(b)
+        open_.remove(a), order.insert(0, a)
+    visit(first)
+    column = dict.fromkeys(order, 0)
+    for a in order:
+        for b in (b for x, b in kept if x == a): column[b] = max(column[b], column[a] + 1)
+    return column
+
+def byte_runs(data: Iterable[int]) -> str:
+    "Some bytes as runs such as 0–9, hexadecimal where they are no letters."
+    name, runs = lambda b: "␣" if b == 32 else chr(b) if 32 < b < 127 else f"x{b:02X}", []
+    for b in sorted(data):
+        if runs and runs[-1][1] == b - 1: runs[-1][1] = b
+        else: runs.append([b, b])
+    return " ".join(name(a) if a == b else f"{name(a)}–{name(b)}" for a, b in runs)
+
+# %% ../nbs/91c_network.ipynb #7cb5adfe
+def draw_graph(ax: object, edges: dict[tuple, str], first: object, names: dict | None = None, colours: dict | None = None,
+               dashed: Collection[tuple] = (), shrink: float = 12, spread: tuple[float, float] = (1.7, 1.1)) -> dict:
+    "Draw the nodes reached from the first by edges {(from, to): label}; their places (x, y). `shrink`: points left free around a node."
+    column = columns(edges, first)
+    rows = {c: [s for s in column if column[s] == c] for c in set(column.values())}
+    at = {s: (spread[0] * c, spread[1] * ((len(row) - 1) / 2 - i)) for c, row in rows.items() for i, s in enumerate(row)}
+    marks = [draw_edge(ax, at[a], at[b], label, column[b] - column[a], shrink, "--" if (a, b) in dashed else "-")
+             for (a, b), label in edges.items() if a in at]
+    for s, (x, y) in at.items():
+        ax.text(x, y, (names or {}).get(s, s), ha="center", va="center", zorder=3, bbox={"boxstyle": "circle" if shrink < 20 else "round",
+            "fc": (colours or {}).get(s, "white"), "ec": "#444444"})
+    (left, right), (low, high) = ((min(v), max(v)) for v in zip(*at.values(), *marks))
+    ax.set(xlim=(left - 0.6, right + 0.6), ylim=(low - 0.5, high + 0.5), aspect="equal")
+    ax.axis("off")
+    return at
+
+def draw_edge(ax: object, p: tuple, q: tuple, label: str, steps: int, shrink: float = 12, style: str = "-") -> tuple[float, float]:
+    "An arrow from p to q: straight to the next column, bent where it goes further or back, a loop on the spot; the place of its middle."
+    arrow = {"arrowstyle": "->", "color": "#777777", "linestyle": style, "shrinkA": shrink, "shrinkB": shrink}
+    bend = 0.0 if steps == 1 else -0.45 if p[1] >= q[1] and steps > 0 else 0.45 if steps > 0 else -0.45
+    turn = ((p[0] + q[0]) / 2 + bend * (q[1] - p[1]), (p[1] + q[1]) / 2 - bend * (q[0] - p[0]))
+    along = lambda t: tuple((1 - t) ** 2 * a + 2 * t * (1 - t) * c + t * t * b for a, c, b in zip(p, turn, q))
+    here, middle = along(0.35 if abs(steps) > 1 else 0.5), along(0.5)             # in the middle of a long edge stands another node
+    if p == q:
+        arrow |= {"shrinkA": 0, "shrinkB": 0}
+        p, q, bend, here = (p[0] - 0.14, p[1] + 0.26), (p[0] + 0.14, p[1] + 0.26), -1.8, (p[0], p[1] + 0.62)
+        middle = here
+    ax.annotate("", q, p, arrowprops={**arrow, "connectionstyle": f"arc3,rad={bend}"}, zorder=1)
+    if label: ax.text(*here, label, ha="center", va="center", color="#2b5c8a", bbox={"fc": "white", "ec": "none", "pad": 0.6}, zorder=2)
+    return middle
 
 # %% ../nbs/91c_network.ipynb #ee1ccb3f
 NEVER = 1 << 30

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
 
-from .config import ConfigError, pick_device
+from .config import ConfigError, SLMError, pick_device
 from .optim import whole
 
 # %% auto #0
-__all__ = ['World', 'LossOf', 'shard', 'Process', 'Talking', 'Several', 'world_of']
+__all__ = ['PATIENCE', 'BROKEN', 'World', 'LossOf', 'shard', 'LostProcess', 'is_lost', 'one_sentence', 'Process', 'Talking',
+           'Several', 'world_of']
 
 # %% ../nbs/51b_parallel.ipynb #8acc9b2f
 class World:
@@ -52,6 +54,10 @@ class World:
         "While open, the model can be read by any of its methods."
         return contextlib.nullcontext()
 
+    def guarded(self) -> contextlib.AbstractContextManager:
+        "Around all that talks: raises LostProcess where another process is gone."
+        return contextlib.nullcontext()
+
 # %% ../nbs/51b_parallel.ipynb #732c9d0a
 class LossOf(nn.Module):
     "A model and its loss as one module, whose forward pass is the loss of a part of a batch."
@@ -72,6 +78,30 @@ def shard(together: LossOf, mesh: object) -> None:
         fully_shard(layer, mesh=mesh)
     fully_shard(together, mesh=mesh, reshard_after_forward=False)
 
+# %% ../nbs/51b_parallel.ipynb #8b1cac74
+PATIENCE = timedelta(minutes=10)     # that a process waits for the others
+BROKEN = ("connection closed", "connection reset", "broken pipe", "timed out", "timeout", "peer")   # said by gloo and NCCL of a lost one
+
+
+class LostProcess(SLMError):
+    "Another process of this run has ended, or is silent for too long."
+
+
+def is_lost(error: BaseException) -> bool:
+    "Whether an error means that another process is gone."
+    kinds = tuple(kind for kind in (getattr(torch.distributed, name, None) for name in ("DistBackendError", "DistNetworkError")) if kind)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in BROKEN))
+
+# %% ../nbs/51b_parallel.ipynb #ea8accad
+@contextlib.contextmanager
+def one_sentence(rank: int, size: int) -> Iterator[None]:
+    "Around all that talks: LostProcess instead of the backend's words for it; any other error passes."
+    try: yield
+    except RuntimeError as error:
+        if not is_lost(error): raise
+        raise LostProcess(f"process {rank} of {size} has lost another one: start the same command again, and it goes on from "
+                          "the last checkpoint") from None
+
 # %% ../nbs/51b_parallel.ipynb #9e6a82b4
 class Process(World):
     "Where this process stands among all, and which rows it reads."
@@ -82,7 +112,7 @@ class Process(World):
         if self.device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=PATIENCE)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def part(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -141,6 +171,10 @@ class Several(Talking):
         if self.kind == "fsdp": self.together.unshard()
         yield
         if self.kind == "fsdp": self.together.reshard()
+
+    def guarded(self) -> contextlib.AbstractContextManager:
+        "One sentence instead of the backend's words."
+        return one_sentence(self.rank, self.size)
 
 # %% ../nbs/51b_parallel.ipynb #173d2109
 def world_of(kind: str = "ddp", device: torch.device | None = None) -> World:

@@ -12,7 +12,7 @@ from .ground import SLMError
 # %% auto #0
 __all__ = ['Node', 'TOP', 'SHORTHANDS', 'ESCAPES', 'ANY', 'ConstraintError', 'Text', 'Chars', 'Seq', 'Alt', 'Repeat', 'Call',
            'reach', 'reach_repeat', 'belongs', 'tidy', 'others', 'Reader', 'ClassReader', 'PatternReader', 'Pattern',
-           'parse_pattern']
+           'parse_pattern', 'written_char', 'pattern_of']
 
 # %% ../nbs/91b_patterns.ipynb #cdc94739
 class ConstraintError(SLMError, ValueError):
@@ -288,3 +288,25 @@ def parse_pattern(pattern: str, search: bool = False) -> Node:
     if isinstance(node, Alt) and (front or back): raise reader.wrong("with | at the top, put brackets around all of it: ^(?:a|b)$")
     free = Repeat(Chars(others([])), 0, None)
     return Seq((*(() if front else (free,)), node, *(() if back else (free,)))) if search else node
+
+# %% ../nbs/91b_patterns.ipynb #5330e507
+def written_char(code: int, special: str) -> str:
+    "A character as a pattern writes it, with a backslash where it would mean something else."
+    if chr(code) in special: return "\\" + chr(code)
+    return chr(code) if chr(code).isprintable() else f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+def pattern_of(node: Node) -> str:
+    "A pattern for the language of a node: the way back from `parse_pattern`. A call is written <name>, the empty language ∅."
+    if isinstance(node, Text): return "".join(written_char(ord(char), r"\^$.|?*+()[]{}") for char in node.text)
+    if isinstance(node, Call): return f"<{node.name}>"
+    if isinstance(node, Seq): return "".join(map(pattern_of, node.parts))
+    if isinstance(node, Alt): return f"({'|'.join(map(pattern_of, node.parts))})" if node.parts else "∅"
+    if isinstance(node, Chars):
+        negative = bool(node.ranges) and node.ranges[-1][1] == TOP
+        ends = [[written_char(x, r"\^-[]") for x in dict.fromkeys(pair)] for pair in (others(node.ranges) if negative else node.ranges)]
+        return "[" + "^" * negative + "".join("-".join(pair) for pair in ends) + "]" if ends else r"[\s\S]" if negative else "∅"
+    if node.high == 0: return ""
+    part, high = pattern_of(node.part), "" if node.high is None else node.high
+    if not isinstance(node.part, (Chars, Alt, Call)) and not (isinstance(node.part, Text) and len(node.part.text) == 1): part = f"({part})"
+    times = f"{{{node.low}}}" if node.low == node.high else f"{{{node.low},{high}}}"
+    return part + {(0, None): "*", (1, None): "+", (0, 1): "?", (1, 1): ""}.get((node.low, node.high), times)

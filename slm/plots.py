@@ -15,18 +15,18 @@ from .lexicon import WORDS
 SIDES = (
     "{On the way|Nearby|Not far away|Close by}, @other was <doing!>.",
     "[who] <saw> @other and @other who were <doing!>.",
-    "[who] counted <number> <color> <plural!> and <number> <color> <plural!>.",
+    "[who] counted <number> <shade> <plural!> and <number> <shade> <plural!>.",
     "The {air|wind|breeze|street} smelled of <smell!>{, <smell!>|} and <smell!>.",
-    "One <color> cloud looked like <a:kind!> with <a:size> <thing!>.",
-    "Somebody had {left|forgotten|lost|hidden} <a:size> <color> <thing!> <spot!>.",
+    "One <shade> cloud looked like <a:folk!> with <a:size> <thing!>.",
+    "Somebody had {left|forgotten|lost|hidden} <a:size> <shade> <thing!> <spot!>.",
     "[who] {ate|nibbled|tasted|bought} some <food!>, some <food!> and some <food!>.",
     "[who] heard <sound!> and smelled <smell!>.",
     "\"<^:saying!>,\" [his] <kin!> {always |often |once |}said.",
-    "<^:number> <color> <flying!> flew toward the <place!>.",
+    "<^:number> <shade> <flying!> flew toward the <place!>.",
     "It {began|started} to {rain|snow|hail|drizzle}, so [N] {waited|sat down|hid|stood} <spot!>.",
-    "<A:look> <kind!> {wore|carried|sold|wanted} <a:size> <color> <thing!>.",
-    "In a window stood <a:color> <thing!>, <a:color> <thing!> and <a:color> <thing!>.",
-    "<A:look> <kind!> waved <a:color> <thing!> and <cried>, \"{Hello|Good luck|What <a:weather> day|Hurry up}!\"",
+    "<A:look> <folk!> {wore|carried|sold|wanted} <a:size> <shade> <thing!>.",
+    "In a window stood <a:shade> <thing!>, <a:shade> <thing!> and <a:shade> <thing!>.",
+    "<A:look> <folk!> waved <a:shade> <thing!> and <cried>, \"{Hello|Good luck|What <a:weather> day|Hurry up}!\"",
 )
 
 # %% ../nbs/40c_plots.ipynb #78729ef7
@@ -102,14 +102,14 @@ script("lose", """
     @day, [N] <took> @thing to @place.
     / @day, [N] <went> to @place with @thing{ from [his] <kin>|}.
     / @day, [N] got @thing from [his] <kin> and took it to @place.
-    [He] <wanted> to <task=task> and <put> {it|the [obj]} <spot=spot!>.
-    / [He] <put> it <spot=spot!> {in order |}to <task=task>.
-    / [He] <put> the [obj] <spot=spot!> and went to <task=task>.
+    [He] <wanted> to <task=task> and <put> the [col] [obj] <spot=spot!>.
+    / [He] <put> the [col] [obj] <spot=spot!> {in order |}to <task=task>.
+    / [He] <put> the [col] [obj] <spot=spot!> and went to <task=task>.
     :side
     <soon>, [he] <went> {on |}to @far{ <way>|}.
     / <soon>, [he] <way> <went> {on |}to @far.
-    * <sudden>, the [obj] was <gone>.
-    / When [he] {looked|reached|felt} for {it|the [obj]}, it was <gone>.
+    * <sudden>, the [col] [obj] was <gone>.
+    / When [he] {looked|reached|felt} for {it|the [col] [obj]}, it was <gone>.
     / "{Oh no|Oh dear|Help}! {Where is|Who took|Who has seen} my [obj]?" <cried> [N].
     :grief
 """)
@@ -140,9 +140,9 @@ plot("lose", "thing", "loses OBJ",
 script("want", """
     @day, [N] <saw> @thing at @place.
     / @day at @place, [N] <saw> @thing {for sale|in a window|<spot!>}.
-    * [N] {wanted|needed|loved} {it|the [obj]} {very much|at once|more than anything|with all [his] heart}.
-    / "{How I wish|I wish|If only} I had {the|that} [obj]!" {sighed|<said>} [N].
-    / {Oh, how|How} [N] {wanted|wished for|longed for} {the|that} [obj]!
+    * [N] {wanted|needed|loved} the [col] [obj] {very much|at once|more than anything|with all [his] heart}.
+    / "{How I wish|I wish|If only} I had {the|that} [col] [obj]!" {sighed|<said>} [N].
+    / {Oh, how|How} [N] {wanted|wished for|longed for} {the|that} [col] [obj]!
     It belonged to @2. "Bring me some <food=food!>," <said> [N2]{ <tone>|}.
     / "It is yours for some <food=food!>," <said> @2{, the owner|}.
     / "{I want|I would like|I need} some <food=food!> for it," <said> @2{, the owner|}.
@@ -201,8 +201,8 @@ script("rescue end", """
     :sights
     ---
     :luck
-    [N] <way> <went> back with it.
-    / They {used|tried} the [obj] <way>.
+    [N] <way> <went> back with the [col] [obj].
+    / They {used|tried} the [col] [obj] <way>.
     /
     + <soon>, [N2] {came|was|climbed} out of [the trap]{, <glad!> and <glad!>|}.
     + [N3] got the [col] [obj] back with some <food!>.
@@ -225,12 +225,12 @@ script("breaks", """
     [N2] had @thing{ from [his2] <kin>|}. "{Do not touch it|Be careful with it}," [he2] <said>{ <tone>|}.
     / "{Look|See}, this is @my," <said> [N2]{ <tone>|}.
     <soon>, [N2] {went|left} to {fetch some <food!>|<task>}.
-    / When [N2] {went|left} to {fetch some <food!>|<task>}, [N] {picked up|grabbed|took} the [obj].
-    * <sudden>, {it|the [obj]} fell and <broke>.
-    / But [N] {dropped|bent|squeezed|shook|turned} {it|the [obj]}, and it <broke>.
-    / <sudden>, {it|the [obj]} <broke> {a little|in <number> places}.
-    [N] {<way> |}{hid|buried|put} {it|the [obj]} <spot=spot!>.
-    / [N] was <sad> and {hid|buried|put} {it|the [obj]} <spot=spot!>.
+    / When [N2] {went|left} to {fetch some <food!>|<task>}, [N] {picked up|grabbed|took} the [col] [obj].
+    * <sudden>, {it|the [col] [obj]} fell and <broke>.
+    / But [N] {dropped|bent|squeezed|shook|turned} {it|the [col] [obj]}, and it <broke>.
+    / <sudden>, {it|the [col] [obj]} <broke> {a little|in <number> places}.
+    [N] {<way> |}{hid|buried|put} the [col] [obj] <spot=spot!>.
+    / [N] was <sad> and {hid|buried|put} the [col] [obj] <spot=spot!>.
     :side
 """)
 
@@ -262,9 +262,9 @@ script("quarrel", """
     @day, [N] and @2 {found|discovered|saw} @thing <spot!> near @place.
     / @day, [N] met @2 at @place, and they found @thing <spot!>.
     * "{It is mine|I saw it first}!" <cried> [N]. "No, {it is mine|I did}!" <cried> [N2].
-    / They {quarreled|argued|fought} over {it|the [obj]} like <number> {geese|crows|cats|roosters}.
-    They pulled until {it|the [obj]} <fate=fate>.
-    / <sudden>, {it|the [obj]} <fate=fate>.
+    / They {quarreled|argued|fought} over {it|the [col] [obj]} like <number> {geese|crows|cats|roosters}.
+    They pulled until the [col] [obj] <fate=fate>.
+    / <sudden>, the [col] [obj] <fate=fate>.
     They {were silent|did not speak} for <number> minutes.
     / "{Look|That was you|Oh no}!" <cried> [N2].
     / [N] <way> {blamed|scolded} [N2].
@@ -298,8 +298,8 @@ plot("quarrel", "thing", "quarrels over OBJ",
 script("mystery", """
     @day, [N] {put|left} @thing <spot=spot!> near @place.
     / @day, [N] {bought|made|painted} @thing and kept it <spot=spot!>.
-    * Somebody {took|stole} {it|the [obj]} {in the night|before <deadline>|while [he] was <doing!>}.
-    / But {in the morning|by <deadline>|<number> hours later}, {it|the [obj]} was <gone>.
+    * Somebody {took|stole} the [col] [obj] {in the night|before <deadline>|while [he] was <doing!>}.
+    / But {in the morning|by <deadline>|<number> hours later}, the [col] [obj] was <gone>.
     :side
     [He] {blamed|suspected} @2, who was <doing!>. "{It was not me|Not me|Never}," <said> [N2]{ <tone>|}.
     / [He] asked @2. "I was <doing!>," <said> [N2]{ <tone>|}.
@@ -317,9 +317,9 @@ script("mystery end", """
     :luck
     There was @3 with the [col] [obj]. "{Sorry|Forgive me}, <reason=reason>," [he3] <said>{ <tone>|}.
     / @3 had the [col] [obj] <spot!>. "<^:reason=reason>," <said> [N3]{ <tone>|}.
-    + [N] {got|took} the [obj] back and {<way> |}gave [N3] <a:size> <color> <thing!>.
+    + [N] {got|took} the [col] [obj] back and {<way> |}gave [N3] <a:size> <shade> <thing!>.
     / So [N] {<way> |}lent it to [N3] on <weekday!>, and [N2] got some <food!>.
-    - But the [obj] {was ruined|<broke>}.
+    - But the [col] [obj] {was ruined|<broke>}.
     / Then [N3] <way> <went> away with it.
 """)
 

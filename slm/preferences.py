@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .chat_rows import IGNORE, NAMED, content_id, load_arrays, render_chats, save_arrays, too_long
+from .chat_rows import IGNORE, NAMED, TokenArrays, load_arrays, render_chats, save_arrays, too_long
 from .chats import ChatError, load_pairs
 from .config import rng
 from .optim import TrainConfig
@@ -39,9 +39,10 @@ def last_answer(mask: np.ndarray) -> int:
 
 # %% ../nbs/70_preferences.ipynb #5ce47d1d
 @dataclass(frozen=True)
-class PreferenceData:
+class PreferenceData(TokenArrays):
     "N pairs: ids (N, 2, T) int32, chosen first; lengths (N, 2) and answer_start (N,) int32; reference (N, 2) float32, or None."
 
+    NAMES = ("ids", "lengths", "answer_start")
     ids: np.ndarray
     lengths: np.ndarray
     answer_start: np.ndarray  # where both answers begin, after <|assistant|>
@@ -52,16 +53,6 @@ class PreferenceData:
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        "The token arrays by name, without the reference."
-        return {"ids": self.ids, "lengths": self.lengths, "answer_start": self.answer_start}
-
-    @property
-    def id(self) -> str:
-        "SHA-256 of the tokenizer's hash and the tokens: equal exactly when the pairs are."
-        return content_id(self.tokenizer_hash, self.arrays)
 
     def batch(self, seed: int, step: int, batch_size: int) -> dict[str, Tensor]:
         "The pairs of one step: a pure function of seed and step, pairs of similar length together."
@@ -174,6 +165,5 @@ def save_preferences(data: PreferenceData, path: str | Path) -> Path:
 
 def load_preferences(path: str | Path) -> PreferenceData:
     "Read and verify what `save_preferences` wrote. Raises ArtifactError or PreferenceError."
-    arrays, manifest = load_arrays(path, "preference-data", PreferenceError)
-    parents = manifest["parents"]
-    return PreferenceData(**arrays, tokenizer_hash=parents["tokenizer"], stats=manifest["meta"], reference_id=parents.get("reference", ""))
+    fields, parents = load_arrays(path, "preference-data", PreferenceError)
+    return PreferenceData(**fields, reference_id=parents.get("reference", ""))

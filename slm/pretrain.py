@@ -186,7 +186,7 @@ def train(
     after each step, logged and saved. Raises TrainingError (another run's folder, losses that are not finite), ArtifactError (disk,
     lock), Interrupted after Ctrl-C; ends the process with exit code 143 after SIGTERM."""
     world, stop = world_of(config.parallel), 0
-    with _only_writer(run_dir, world), Signals() as signals:
+    with _only_writer(run_dir, world), world.guarded(), Signals() as signals:
         run = begin(Run(model, batch_at, config, Path(run_dir), dict(parents or {}), dict(files or {}), dict(state_extra or {}), title,
                         quiet, loss_fn, world))
         with _audience(run) as show:

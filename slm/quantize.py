@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .artifacts import Checkpoint, load_checkpoint, write_tensors
 from .config import ModelConfig, from_dict, to_dict
@@ -20,7 +21,7 @@ from .int8 import INT8_KERNELS, Int8Embedding, Int8Linear, Int8Weight, QuantizeE
 from .model import TransformerLM, model_from_state
 
 # %% auto #0
-__all__ = ['quantizable', 'quantize_state', 'empty_layer', 'quantized_skeleton', 'quantized_from_state', 'weight_kind',
+__all__ = ['quantizable', 'quantize_state', 'Undrawn', 'empty_layer', 'quantized_skeleton', 'quantized_from_state', 'weight_kind',
            'quantize_model', 'use_kernel', 'size_bytes', 'error_by_layer', 'save_model', 'open_model']
 
 # %% ../nbs/81_quantize.ipynb #7e5a531e
@@ -39,6 +40,14 @@ def quantize_state(model: nn.Module, kind: str = "int8", bits: int = 8, group_si
     return tensors
 
 # %% ../nbs/81_quantize.ipynb #946fe65d
+class Undrawn(TorchFunctionMode):
+    "Where modules are made without drawing first values for their weights."
+
+    def __torch_function__(self, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> object:
+        "Leave out what `torch.nn.init` would do to a tensor."
+        return kwargs["tensor"] if getattr(func, "__module__", "") == "torch.nn.init" else func(*args, **(kwargs or {}))
+
+# %% ../nbs/81_quantize.ipynb #12b2ef80
 def empty_layer(old: nn.Module, numbers: Tensor | None, scale: Tensor | None) -> nn.Module:
     "The quantised stand-in for a Linear or an Embedding, its kind and groups read off the tensors it will hold."
     four, (n, k), linear = numbers is not None and numbers.dtype == torch.uint8, old.weight.shape, isinstance(old, nn.Linear)
@@ -49,7 +58,7 @@ def empty_layer(old: nn.Module, numbers: Tensor | None, scale: Tensor | None) ->
 
 def quantized_skeleton(config: ModelConfig, tensors: dict[str, Tensor]) -> TransformerLM:
     "The model with its quantised modules but no memory for weights."
-    with torch.device("meta"):
+    with torch.device("meta"), Undrawn():
         model = TransformerLM(config)
         for name, old in quantizable(model).items():
             parent, _, last = name.rpartition(".")

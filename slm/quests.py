@@ -14,8 +14,8 @@ from .plots import PLOTS, plot
 script("deliver", """
     @day, @2 gave [N] @thing. "Take it to @3 at @place before <deadline=deadline>," [he2] <said>{ <tone>|}.
     / @day, @3 needed @thing at @place before <deadline=deadline>. @2 had it, but {could not walk|was too busy <doing!>}.
-    * "I promise to bring {it|the [obj]} to [N3]," <said> [N]{ <tone>|}.
-    / [N] promised{ <way>|} to {bring|carry|take|deliver} {it|the [obj]}.
+    * "I promise to bring the [col] [obj] to [N3]," <said> [N]{ <tone>|}.
+    / [N] promised{ <way>|} to {bring|carry|take|deliver} the [col] [obj].
     :side
     <soon>, @other {asked|invited|begged} [N] to <task=task>.
     / "{Come and|Stay and|Let us} <task=task>!" <cried> @other.
@@ -60,7 +60,7 @@ script("fears", """
     :side
     But [N] <way> counted to <number>.
     / Then [N] {thought of|remembered} [his] <kin!>: "<^:saying!>."
-    / [N2] gave [him] <a:size> <color> <thing!>.
+    / [N2] gave [him] <a:size> <shade> <thing!>.
 """)
 
 # %% ../nbs/40d_quests.ipynb #0bb56d3a
@@ -113,7 +113,7 @@ script("gift end", """
     + They had <food!>, <food!> and <food!>.
     / They {danced|sang|played} <way> {until <finish>|for <number> hours}.
     /
-    - But the party was over, and nobody saw the [obj] of [mat3] and [mat2].
+    - But the party was over, and nobody saw the [col] [obj] of [mat3] and [mat2].
     / But [N2] <way> <went> past the [col] [obj] of [mat3] and [mat2].
 """)
 
@@ -127,10 +127,10 @@ plot("gift", "craft", "makes OBJ for a birthday",
 script("chase", """
     @day, {the wind|@other} {blew|carried|pulled} @runaway out of [N]'s {hands|bag|window|basket}.
     / @day near @place, {the wind|a storm|@other} took [N]'s <size> <col=color> <obj=runaway!>.
-    * [N] <way> {ran after|chased|followed} {it|the [obj]}.
-    / [N] {ran after|chased|followed} {it|the [obj]} {over|through|across|along} the {fields|hills|streets|roofs}.
-    They passed <a:c1=color> <l1=landmark!>, <a:c2=color> <l2=landmark!> and <a:c3=color> <l3=landmark!>.
-    / First came <a:c1=color> <l1=landmark!>, then <a:c2=color> <l2=landmark!>, and at last <a:c3=color> <l3=landmark!>.
+    * [N] <way> {ran after|chased|followed} the [col] [obj].
+    / [N] {ran after|chased|followed} the [col] [obj] {over|through|across|along} the {fields|hills|streets|roofs}.
+    They passed <a:c1=shade> <l1=landmark!>, <a:c2=shade> <l2=landmark!> and <a:c3=shade> <l3=landmark!>.
+    / First came <a:c1=shade> <l1=landmark!>, then <a:c2=shade> <l2=landmark!>, and at last <a:c3=shade> <l3=landmark!>.
     :side
     <soon>, it landed <spot!>, but [N] was lost.
     / It landed <spot!>, but where was [N]?
@@ -195,7 +195,7 @@ plot("race", "thing", "runs a race for OBJ",
 script("fib", """
     @day, @2 asked [N] to {watch|guard} @thing at @place.
     / @day, [N] was {guarding|watching} @thing for @2 at @place.
-    [N] was so bored that [he] counted <number> <color> <plural!>.
+    [N] was so bored that [he] counted <number> <shade> <plural!>.
     / After <number> minutes, [N] {was bored|began to yawn|had counted all the <plural!>}.
     /
     * "{Help|Look|Run}! <A:beast=beast>!" [N] <cried>{ <way>|} {just for fun|for no reason|as a joke}.

@@ -12,10 +12,11 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from .artifacts import atomic_dir
+from .comparison import cut, duel, trained_against
 from .dpo import diagnose, plot_dpo
 from .files import atomic_file, read_json, write_json
 from .ground import describe_machine
-from .judge import judge, judge_score, met
+from .judge import judge, judge_score
 from .makers import JUDGE_TEMPERATURE, MAX_ANSWER, floor, val_docs
 from .pipeline import output
 from .pretrain import bits_per_byte, read_log
@@ -26,7 +27,7 @@ from .tasks import eval_prompts
 
 # %% auto #0
 __all__ = ['MODELS', 'REPORT', 'plot_loss', 'plot_judge', 'score_text', 'plot_time', 'quote', 'report_parts', 'report_text',
-           'judged', 'judge_gain', 'bits_of', 'samples_of', 'collect', 'make_report']
+           'judged', 'bits_of', 'samples_of', 'collect', 'make_report']
 
 # %% ../nbs/97d_report.ipynb #f1e1ed7f
 def plot_loss(curve: list[dict], bits: dict) -> Figure:
@@ -54,9 +55,9 @@ def plot_judge(scores: dict) -> Figure:
         mean = [100 * row.get("overall", row.get("mean", math.nan)) for row in rows]
         bars = [[100 * abs(row.get(end, math.nan) - m / 100) for row, m in zip(rows, mean)] for end in ("low", "high")]
         ax.bar([x + (i - 1) * 0.27 for x in range(len(names))], mean, 0.25, yerr=bars, capsize=2, label=model)
-    ax.set(ylabel="% of answers", title="what the judge finds right", ylim=(0, 105))
-    ax.set_xticks(range(len(names)), names, rotation=30, ha="right")
-    ax.legend(frameon=False, ncols=3)
+    ax.set(ylabel="% of answers", title="what the judge finds right", ylim=(0, 118), yticks=range(0, 101, 20))
+    ax.set_xticks(range(len(names)), [name.replace("_", " ") for name in names], rotation=30, ha="right")
+    ax.legend(frameon=False, ncols=3, loc="upper left")
     return fig
 
 # %% ../nbs/97d_report.ipynb #80454209
@@ -143,6 +144,9 @@ def report_parts(r: dict) -> dict[str, str]:
     known = f"the floor is {b['floor']:.3f}, so {b['val'] - b['floor']:.3f} above it" if b["floor"] is not None else None
     scores = [f"| {name} | {score_text(s)} | {100 * s['perfect']['mean']:.0f} % |" for name, s in r["judge"].items()]
     gains = [f"{step} {100 * g['mean']:+.1f} % ({100 * g['low']:+.1f} to {100 * g['high']:+.1f})" for step, g in r["judge_gain"].items()]
+    if c := r.get("cut"):
+        gains.append(f"of the failures in what the preference pairs differ in ({', '.join(r['against'])}) DPO leaves "
+                     f"{100 * c['ratio']:.0f} % ({100 * c['low']:.0f}–{100 * c['high']:.0f})")
     asked = [f"**{a['prompt']}**\n\n{_samples({name: a[name] for name in MODELS})}" for a in r["samples"]["asked"]]
     return {
         "known": known or "the floor of this text is not known", "scores": "\n".join(scores), "gains": ", ".join(gains),
@@ -173,13 +177,6 @@ def judged(run: Run, name: str) -> dict:
     write_json(kept, found)
     return found
 
-# %% ../nbs/97d_report.ipynb #099eae11
-def judge_gain(before: list[dict[str, bool]], after: list[dict[str, bool]]) -> dict[str, float]:
-    "Mean difference of the share of criteria met, answer by answer on the same prompts: `mean`, and `low` to `high` (95 %)."
-    steps = [met(new) - met(old) for old, new in zip(before, after, strict=True)]
-    mean, half = statistics.fmean(steps), 1.959964 * statistics.stdev(steps) / math.sqrt(len(steps))
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
 # %% ../nbs/97d_report.ipynb #7e219532
 def bits_of(run: Run) -> dict[str, float | None]:
     "Bits per byte on held-out documents: the floor, the pretrained model in float32 and in INT8, and the models trained from it."
@@ -204,11 +201,13 @@ def collect(run: Run) -> dict:
     "Everything the report says, as plain data: this becomes report.json."
     log, base, final = read_log(run.path("pretrain")), load(output(run, "pretrain")), load(run.path("int8"))
     verdicts = {name: judged(run, stage)["verdicts"] for name, stage in MODELS.items()}
+    against = trained_against(read_json(run.path("dpo") / "pairs.json")["pairs"])
     return {
         "name": run.dir.name, "corpus": Path(run.corpus).name, "minutes": run.config.minutes,
         "bits_per_byte": bits_of(run),
         "judge": {name: judged(run, stage)["score"] for name, stage in MODELS.items()},
-        "judge_gain": {f"{a} to {b}": judge_gain(verdicts[a], verdicts[b]) for a, b in (("base", "sft"), ("sft", "dpo"))},
+        "judge_gain": {f"{a} to {b}": duel(verdicts[a], verdicts[b])["gain"] for a, b in (("base", "sft"), ("sft", "dpo"))},
+        "against": against, "cut": cut(verdicts["sft"], verdicts["dpo"], against),
         "seconds": {name: run.record(name).get("seconds", 0.0) for name in STAGES if name != "report"},
         "tokens_per_second": statistics.median(row["tokens_per_second"] for row in log if "tokens_per_second" in row),
         "parameters": base.model.num_parameters(),

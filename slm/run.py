@@ -10,14 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .files import explain_os_error, run_lock
-from .ground import SLMError, did_you_mean
+from .ground import SLMError, choose_precision, did_you_mean, pick_device
 from .makers import MAKERS
-from .pipeline import bring_up_to_date
+from .pipeline import bring_up_to_date, why_not_done
 from .report import make_report
 from .stages import RUN_PRESETS, STAGES, Run, RunConfig, run_source, scale, with_dependents
 
 # %% auto #0
-__all__ = ['run_preset', 'run_name', 'run_config', 'plan_run', 'run_pipeline']
+__all__ = ['run_preset', 'run_name', 'run_config', 'plan_run', 'slow_machine', 'run_pipeline']
 
 # %% ../nbs/97e_run.ipynb #a25b6f7c
 def run_preset(preset: str | None, corpus: str) -> str:
@@ -51,6 +51,15 @@ def plan_run(name: str | None = None, preset: str | None = None, corpus: str = "
     run_source(run)
     return run
 
+# %% ../nbs/97e_run.ipynb #2baae451
+def slow_machine(run: Run) -> str | None:
+    "What to say to somebody who will wait longer than the preset's minutes; None where training is done, or the machine as measured."
+    precision, reason = choose_precision("auto", device := pick_device())
+    if device.type != "cpu" or precision == "bfloat16" or run.config.minutes < 1 or why_not_done(run, "pretrain") is None:
+        return None
+    return (f"{reason}, so on two cores expect clearly more than the {run.config.minutes:g} minutes; "
+            f"`--minutes {0.3 * run.config.minutes:.2g}` asks for less, and makes a weaker model")
+
 # %% ../nbs/97e_run.ipynb #64c4646b
 def run_pipeline(name: str | None = None, preset: str | None = None, corpus: str = "storyworld", minutes: float | None = None,
                  redo: Iterable[str] = (), out: str | Path = "checkpoints", seed: int = 0, vocab_size: int | None = None,
@@ -62,6 +71,8 @@ def run_pipeline(name: str | None = None, preset: str | None = None, corpus: str
     try:
         run.dir.mkdir(parents=True, exist_ok=True)
         with run_lock(run.dir):
+            if said := slow_machine(run):
+                run.say(said)
             worked = [bring_up_to_date(run, stage, makers[stage], stage in forced) for stage in STAGES]
     except OSError as error:
         raise explain_os_error(error, run.dir) from error

@@ -21,7 +21,7 @@ from .guards import first_micro_batch
 from .hooks import HookList
 from .optim import TrainConfig, build_optimizer, like, load_optimizer_tensors, whole
 from .parallel import World
-from .speed import place, prepare
+from .speed import place, prepare, wants_compiling
 from .steps import (LOG, TrainingError, accumulate, append_log, check_same_run, identity_of, lm_loss, rng_state, set_rng_state,
                        truncate_log)
 
@@ -92,7 +92,7 @@ MEMORIES = ("micro", "struck", "recent", "best")
 
 def _machine(run: Run) -> dict:  # what the last bit depends on besides config, model and data
     here = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cpu": torch.backends.cpu.get_cpu_capability()}
-    compiled = {"compile": True} if run.config.compile else {}
+    compiled = {"compile": True} if wants_compiling(run.model, run.config) else {}
     several = {"processes": run.world.size, "parallel": run.config.parallel} if run.world.size > 1 else {}
     device = next(run.model.parameters()).device.type
     return here | compiled | several | ({} if device == "cpu" else {"device": device})
@@ -143,7 +143,7 @@ def resume(run: Run, saved: Checkpoint) -> Run:
     state = saved.state
     if "identity" not in state:
         raise TrainingError(f"{saved.path} was not written by a training run: choose another folder")
-    check_same_run(state["identity"], run.identity, run.run_dir)
+    check_same_run(state["identity"], run.identity, run.run_dir, run.config.allow)
     run.model.load_state_dict({name: like(saved.model[name].to(t.device), t) for name, t in run.model.state_dict().items()})
     load_optimizer_tensors(run.optimizer, saved.optimizer)
     for name in (*COUNTERS, *MEMORIES):

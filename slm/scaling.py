@@ -35,7 +35,8 @@ def size_of(chosen: Base) -> int:
 def climb(widths: list[int], letters: Letters, base: Base, seeds: int = 3, out: Path | None = None,
           say: Callable[[str], None] = print) -> list[dict]:
     "Rows {width, size, seed, val, …} for every rung and seed; finished runs are read from `out`, as in an ablation."
-    kept, rows = read_json(out)["runs"] if out is not None and Path(out).exists() else {}, []
+    before = read_json(out) if out is not None and Path(out).exists() else {}
+    kept, rows = before.get("runs", {}), []
     for seed in range(seeds):
         for width in widths:
             chosen = rung(base, width)
@@ -43,7 +44,7 @@ def climb(widths: list[int], letters: Letters, base: Base, seeds: int = 3, out: 
             if key not in kept:
                 kept[key] = {"width": width, "size": size_of(chosen), "seed": seed, **run_recipe(chosen, letters, seed)}
                 say(f"width {width:4}  {size_of(chosen):9,} parameters  seed {seed}  {kept[key]['val']:.3f} nats")
-                if out is not None: write_json(out, {"runs": kept})
+                if out is not None: write_json(out, before | {"runs": kept})
             rows.append(kept[key])
     return rows
 

@@ -189,16 +189,17 @@ class SchemaRules(SchemaRules):
 class SchemaRules(SchemaRules):
     "Reads a schema; `rules` collects one rule for each schema inside it."
 
-    def bounds(self, schema: dict, where: str) -> tuple[float, float, bool, bool]:
-        "Lowest and highest value, and whether each is itself left out."
-        bound = {}
+    def bounds(self, schema: dict, where: str) -> tuple[float, float, bool, bool] | None:
+        "Lowest and highest value, and whether each is itself left out; None without bounds."
+        bound, most = {}, 10 ** 15 - 1
         for key in KEYWORDS["number"] & schema.keys():
             bound[key] = value = schema[key]
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 10 ** 15:
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= most:
                 raise ConstraintError(f"{key} at {where} is {value!r:.40}, but must be a number of at most 15 digits")
         low, above = bound.get("minimum", -math.inf), bound.get("exclusiveMinimum", -math.inf)
         high, below = bound.get("maximum", math.inf), bound.get("exclusiveMaximum", math.inf)
-        return max(low, above), min(high, below), above >= low and above > -math.inf, below <= high and below < math.inf
+        strict = above >= low and above > -math.inf, below <= high and below < math.inf
+        return (max(low, above, -most), min(high, below, most), *strict) if bound else None
 
 # %% ../nbs/91h_schema.ipynb #7564c2e5
 class SchemaRules(SchemaRules):
@@ -206,26 +207,17 @@ class SchemaRules(SchemaRules):
 
     def make_integer(self, schema: dict, where: str) -> Node:
         "Whole numbers, between bounds where there are any."
-        low, high, above, below = self.bounds(schema, where)
-        if (low, high) == (-math.inf, math.inf): return Call("integer")
-        most = 10 ** 15 - 1
-        first = -most if low == -math.inf else math.floor(low) + 1 if above else math.ceil(low)
-        return whole_between(first, most if high == math.inf else math.ceil(high) - 1 if below else math.floor(high))
-
-# %% ../nbs/91h_schema.ipynb #ede5bb4d
-class SchemaRules(SchemaRules):
-    "Reads a schema; `rules` collects one rule for each schema inside it."
+        if (found := self.bounds(schema, where)) is None: return Call("integer")
+        low, high, above, below = found
+        return whole_between(math.floor(low) + 1 if above else math.ceil(low), math.ceil(high) - 1 if below else math.floor(high))
 
     def make_number(self, schema: dict, where: str) -> Node:
         "Numbers with or without a fraction, between whole bounds where there are any."
-        low, high, above, below = self.bounds(schema, where)
-        if (low, high) == (-math.inf, math.inf): return Call("number")
-        most = 10 ** 15 - 1
-        low, high = (-most if low == -math.inf else low), (most if high == math.inf else high)
-        if low != int(low) or high != int(high):
+        found = self.bounds(schema, where)
+        if found and (found[0] != int(found[0]) or found[1] != int(found[1])):
             raise ConstraintError(f"the bounds of the number at {where} have a fraction, which is not known here: use whole "
                 f"bounds, or choose backend=\"llguidance\"")
-        return decimal_between(int(low), int(high), above, below)
+        return decimal_between(int(found[0]), int(found[1]), *found[2:]) if found else Call("number")
 
 # %% ../nbs/91h_schema.ipynb #75d453d1
 class SchemaRules(SchemaRules):

@@ -87,6 +87,8 @@ def fused_attention(
     if softcap is not None:
         raise AttentionError("the fused kernel cannot cap its scores: use the kernel auto or matmul with attn_logit_softcap")
     if is_causal and q.shape[2] != k.shape[2]: mask, is_causal = causal_mask(q.shape[2], k.shape[2], q.device), False
+    if mask is not None and q.dtype == torch.float64 and mask.is_floating_point():
+        mask = mask.double()                             # on some processors torch reads a float32 mask as if its bytes were float64
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=q.shape[1] != k.shape[1])
 
 # %% ../nbs/20_scores.ipynb #37c8e57c

@@ -5,42 +5,58 @@
 # %% ../nbs/91k_search.ipynb #03f1d626
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
-from .decode import check_prompts, generate_ids, pad_left, predict
+from .decode import check_prompts, forbid, generate_ids, pad_left, predict
 from .model import TransformerLM
 from .strategies import SampleError, Sampling
 
 # %% auto #0
-__all__ = ['extend', 'beam_search', 'mean_logprobs', 'best_of']
+__all__ = ['Beam', 'extend', 'branch', 'beam_search', 'mean_logprobs', 'best_of']
 
 # %% ../nbs/91k_search.ipynb #e93db7e6
 def extend(totals: Tensor, logp: Tensor, keep: int) -> list[tuple[int, int, float]]:
-    "The `keep` best of all continuations, best first, as (beginning, token, total); totals (B,), logp (B, V)."
-    best = (totals[:, None] + logp).flatten().topk(min(keep, logp.numel()))
-    return [(at // logp.shape[1], at % logp.shape[1], total) for at, total in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+    "The `keep` best of all possible continuations, best first, as (beginning, token, total); totals (B,), logp (B, V)."
+    best, V = (totals[:, None] + logp).flatten().topk(min(keep, logp.numel())), logp.shape[1]
+    pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [(at // V, at % V, total) for at, total in pairs if total > -torch.inf]
 
 # %% ../nbs/91k_search.ipynb #28fc3c00
+Beam = tuple[list[int], float, object]                # tokens, log-probability, state of the constraint or None
+
+def branch(live: list[Beam], found: list[tuple[int, int, float]], stop_ids: tuple[int, ...],
+           beams: int) -> tuple[list[Beam], list[Beam], list[int]]:
+    "The best continuations as finished answers and as beginnings that go on, and the row that each of the latter came from."
+    done, going, rows = [], [], []
+    for row, token, total in found:
+        tokens, state = live[row][0], copy.copy(live[row][2])
+        if state is not None and token not in stop_ids: state.advance(token)
+        if token in stop_ids: done.append((tokens, total, state))
+        elif state is not None and state.finished: done.append(([*tokens, token], total, state))
+        elif len(going) < beams: going.append(([*tokens, token], total, state)), rows.append(row)
+    return done, going, rows
+
+# %% ../nbs/91k_search.ipynb #8541cb6b
 @torch.inference_mode()
 def beam_search(model: TransformerLM, prompt: list[int], beams: int = 4, max_new_tokens: int = 200, stop_ids: tuple[int, ...] = (),
-                n_vocab: int | None = None, alpha: float = 0.0) -> list[tuple[list[int], float]]:
+                n_vocab: int | None = None, alpha: float = 0.0, constraint: object = None) -> list[tuple[list[int], float]]:
     "Up to `beams` answers, best first, with log-probability (their stop token included) / length^alpha. Raises `SampleError`."
     check_prompts([prompt], model.config.context_length)
     if beams < 1: raise SampleError(f"beams is {beams}, but at least one beginning must be kept")
-    room = min(max_new_tokens, model.config.context_length - len(prompt))
-    cache, ids, live, done = model.new_cache(1, len(prompt) + room), torch.tensor([prompt]), [([], 0.0)], []
-    score = lambda total, n: total / max(n, 1) ** alpha
+    room, done = min(max_new_tokens, model.config.context_length - len(prompt)), []
+    cache, ids = model.new_cache(1, len(prompt) + room), torch.tensor([prompt])
+    live: list[Beam] = [([], 0.0, constraint and constraint.start())]
     for n in range(1, room + 1):
         logp = predict(model, ids, cache)[:, :n_vocab].double().log_softmax(-1)
-        found = extend(torch.tensor([total for _, total in live], dtype=torch.float64), logp, beams + len(live) * len(stop_ids))
-        done += [(live[row][0], score(total, n)) for row, token, total in found if token in stop_ids]
-        kept = [(row, token, total) for row, token, total in found if token not in stop_ids][:beams]
-        live = [([*live[row][0], token], total) for row, token, total in kept]
-        done = sorted(done, key=lambda answer: -answer[1])[:beams]
+        totals, logp = torch.tensor([total for _, total, _ in live], dtype=torch.float64), forbid(logp, [state for *_, state in live])
+        ended, live, rows = branch(live, extend(totals, logp, beams + len(live) * len(stop_ids)), stop_ids, beams)
+        done = sorted([*done, *((tokens, total / n ** alpha) for tokens, total, _ in ended)], key=lambda answer: -answer[1])[:beams]
         if not live or (alpha == 0 and done and done[0][1] >= live[0][1]): break
-        cache, ids = cache.select(torch.tensor([row for row, _, _ in kept])), torch.tensor([[token] for _, token, _ in kept])
-    if n == room: done += [(tokens, score(total, n)) for tokens, total in live]
+        cache, ids = cache.select(torch.tensor(rows)), torch.tensor([[tokens[-1]] for tokens, *_ in live])
+    else: done += [(tokens, total / room ** alpha) for tokens, total, _ in live]
     return sorted(done, key=lambda answer: -answer[1])[:beams]
 
 # %% ../nbs/91k_search.ipynb #0c673252

@@ -192,7 +192,7 @@ WORDS |= dict(
     quiet=Word("Print nothing but errors.", "q"),
     preset=Word("Shape of the model: tiny, story, char, 15m, 125m.", "p"),
     settings=Word("Change any setting: model.n_layer=6, train.lr=0.001 … May be repeated.", "s", shown="KEY=VALUE", long="set"),
-    source=Word("storyworld, a file (.txt .jsonl .csv .parquet), a folder, or owner/name of a data set."),
+    source=Word("storyworld, a file (.txt .jsonl .csv .parquet), a folder, owner/name of a data set, or a name of slm data list."),
     max_docs=Word("Documents to read at most.", low=1),
     vocab_size=Word("Tokens to end with, bytes and special tokens included.", "v", low=2),
     tokenizer=Word("A tokenizer.json, or a folder that holds one; a checkpoint does, too."),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'READY', 'Entry', 'SourceList', 'field_lines', 'check_entry', 'entry_of', 'parse_list', 'check_names',
            'mix_settings', 'ready_list', 'list_text', 'place_of', 'plainly', 'open_entry', 'open_list', 'read_list',
-           'choose']
+           'choose', 'open_named', 'named_source']
 
 # %% ../nbs/46b_source_list.ipynb #efed321e
 import typing
@@ -31,6 +31,7 @@ class Entry:
     kind: str
     location: str = ""
     config: str | None = None                # of a hub data set, or of a folder in its layout
+    revision: str | None = None              # of a hub data set: a branch, a tag, or a hash of what it held
     split: str = "train"
     text_field: str = "text"
     share: float = 1.0
@@ -142,6 +143,7 @@ READY = """\
 - name: openwebtext
   kind: hub
   location: Skylion007/openwebtext
+  revision: refs/convert/parquet
   licence: cc0-1.0
   max_docs: 100000
   filters: [encoding, controls, "words=50:"]
@@ -169,7 +171,8 @@ def place_of(entry: Entry, base: Path) -> str:
     if entry.kind == "storyworld": return "storyworld"
     if entry.kind == "gutenberg": return f"gutenberg:{entry.location}"
     path, config = base / entry.location, f":{entry.config}" if entry.config else ""
-    if entry.kind == "hub": return (str(path) if path.is_dir() else entry.location) + config
+    revision = f"@{entry.revision}" if entry.revision else ""
+    if entry.kind == "hub": return f"{path}{config}" if path.is_dir() else f"{entry.location}{config}{revision}"
     if not (path.is_dir() if entry.kind == "folder" else path.is_file()):
         raise DataError(f"source {entry.name!r} should be the {entry.kind} {path}, but there is no such {entry.kind}: correct its location")
     return str(path) + config
@@ -211,3 +214,20 @@ def choose(name: str | None, listed: SourceList | None = None) -> SourceList | N
         return SourceList((known[name],), base=listed.base if listed else Path("."))
     if listed: raise DataError(f"the list has no source {name!r}{did_you_mean(name, known) or ': choose among ' + ', '.join(known)}")
     return read_list(name) if Path(name).suffix in (".yml", ".yaml") else None
+
+# %% ../nbs/46b_source_list.ipynb #02ca6387
+def open_named(name: str | None, listed: SourceList | None = None, *, seed: int = 0, tokenizer: object = None, behind: Callable = plainly,
+               **where) -> tuple[Source | Mixture, dict]:
+    """(the source or the mixture that a name means, what keeps the book of each source): see `choose`, else `open_source`, which gets
+    `where`. Raises DataError."""
+    if not (chosen := choose(name, listed)):
+        source, book = behind(open_source(name, seed=seed, **where), ())
+        return source, {source.name: book}
+    mixture, books = open_list(chosen, seed, tokenizer, behind)
+    alone = len(mixture.parts) == 1 and not mixture.target_total_words
+    return (mixture.parts[0].source if alone else mixture), books
+
+def named_source(name: str | Path, *, seed: int = 0) -> Source:
+    """The text that a name means as one source: a name of `slm data list`, a list (.yml), or what `open_source` knows. Raises DataError."""
+    text, _ = open_named(str(name), seed=seed)
+    return text if isinstance(text, Source) else text.as_source()

@@ -56,7 +56,7 @@ def storyworld_source(seed: int) -> Source:
     return Source(f"storyworld, seed {seed}", read, identity, endless=True, slice=partial(story_documents, seed))
 
 # %% ../nbs/41d_sources.ipynb #9aa7969c
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?(@[\w./-]+)?")
 
 def kind_on_disk(path: Path) -> str | None:
     """Whether there is a "copy" of a hub data set, a "folder" or a "file" of that name, or None. Raises DataError where we may not look."""
@@ -69,7 +69,8 @@ def kind_on_disk(path: Path) -> str | None:
 def refuse_name(name: str, path: Path) -> DataError:
     """The error for a name that is no file, folder or hub data set, with the closest name beside it."""
     beside = sorted(os.listdir(path.parent)) if os.access(path.parent, os.R_OK) and path.parent.is_dir() else []
-    hint = did_you_mean(path.name, beside) or ": give a path, storyworld, gutenberg:QUERY, or owner/name of the hub"
+    other = ": give a path, storyworld, gutenberg:QUERY, owner/name of the hub, or a name of slm data list"
+    hint = did_you_mean(path.name, beside) or other
     return DataError(f"there is no file or folder {name!r}{hint}")
 
 # %% ../nbs/41d_sources.ipynb #4c93b1bd

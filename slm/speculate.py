@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from .decode import check_prompts
-from .engine import shared_length
+from .request import shared_length
 from .ground import rng
 from .model import TransformerLM
-from .sample import Talker, TextStream, sampling_of
+from .sample import Talker, Writer, sampling_of
 from .slots import SlotCache, read_slots
 from .strategies import Past, SampleError, Sampling, pick_tokens, shape_logits
+from .text_stream import TextStream
 
 # %% auto #0
-__all__ = ['draw', 'verify', 'Lookup', 'DraftModel', 'Speculator', 'speculate']
+__all__ = ['draw', 'verify', 'Lookup', 'DraftModel', 'Speculator', 'same_tokenizer', 'speculate']
 
 # %% ../nbs/93c_speculate.ipynb #8ff21291
 def draw(weights: Tensor, u: float) -> int:
@@ -39,12 +40,16 @@ class Lookup:
 
     def __init__(self, n: int = 2): self.n = n
 
-    def guess(self, text: list[int], k: int, n_vocab: int) -> tuple[list[int], Tensor]:
-        "Up to k tokens after text, and q (k, V)."
+    def tokens(self, text: list[int], k: int) -> list[int]:
+        "Up to k tokens after text."
         tail = text[-self.n:]
         found = (i for i in range(len(text) - self.n - 1, -1, -1) if text[i:i + self.n] == tail)
         at = next(found, None)
-        tokens = [] if at is None else text[at + self.n:at + self.n + k]
+        return [] if at is None else text[at + self.n:at + self.n + k]
+
+    def guess(self, text: list[int], k: int, n_vocab: int) -> tuple[list[int], Tensor]:
+        "Up to k tokens after text, and q (k, V)."
+        tokens = self.tokens(text, k)
         return tokens, torch.nn.functional.one_hot(torch.tensor(tokens, dtype=torch.long), n_vocab).float()
 
 # %% ../nbs/93c_speculate.ipynb #ce8f1b70
@@ -94,10 +99,14 @@ class Speculator:
             cache.keep(0, len(text) - 1)
 
 # %% ../nbs/93c_speculate.ipynb #28396e01
+def same_tokenizer(lm: Writer, draft: Writer) -> None:
+    "Raise `SampleError` for a draft that speaks of other tokens than the model."
+    if draft.tokenizer.vocab != lm.tokenizer.vocab:
+        raise SampleError("the draft has another tokenizer than the model: use one that was trained with the same")
+
 def speculate(lm: Talker, prompt: str, draft: Talker | None = None, k: int = 4, **settings) -> Iterator[str]:
     "The continuation of a prompt piece by piece, up to k guesses a pass by the model `draft`, or by lookup. Raises `SampleError`."
-    if draft is not None and draft.tokenizer.vocab != lm.tokenizer.vocab:
-        raise SampleError("the draft has another tokenizer than the model: use one that was trained with the same")
+    if draft is not None: same_tokenizer(lm, draft)
     sampling = sampling_of(settings)
     guesser = Lookup() if draft is None else DraftModel(draft.model, sampling, sampling.seed)
     stream = TextStream(lm.tokenizer, sampling.stop)

@@ -18,7 +18,7 @@ from .config import pick_device
 from .optim import TrainConfig
 
 # %% auto #0
-__all__ = ['CACHE', 'place', 'set_checkpointing', 'half_copies', 'compile_layers', 'prepare']
+__all__ = ['CACHE', 'place', 'set_checkpointing', 'half_copies', 'compile_layers', 'wants_compiling', 'prepare']
 
 # %% ../nbs/51c_speed.ipynb #3b122a66
 def place(model: nn.Module, config: TrainConfig) -> torch.device:
@@ -73,9 +73,14 @@ def compile_layers(model: nn.Module, try_once: Callable[[], object], say: Callab
     return True
 
 # %% ../nbs/51c_speed.ipynb #e2666cdc
+def wants_compiling(model: nn.Module, config: TrainConfig) -> bool:
+    "Whether the layers are to be compiled: as the config says, and where it says nothing, on a CUDA device."
+    return next(model.parameters()).device.type == "cuda" if config.compile is None else config.compile
+
+# %% ../nbs/51c_speed.ipynb #3b3b1027
 def prepare(model: nn.Module, config: TrainConfig, try_once: Callable[[], object], say: Callable[[str], None] = print) -> None:
     "Give the model, in place, what the config asks for."
     if not set_checkpointing(model, config.checkpointing):
         say("this model cannot compute activations twice: all of them are kept")
-    if config.compile:
+    if wants_compiling(model, config):
         compile_layers(model, try_once, say)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import slm
 from .config import PRESETS, ModelConfig, config_hash, to_dict
-from .data import Source, open_source
+from .data import Source
 from .files import read_json, write_json
 from .ground import SLMError
 from .optim import TrainConfig
+from .source_list import named_source
 
 # %% auto #0
 __all__ = ['RUN_PRESETS', 'STAGES', 'RunConfig', 'scale', 'Run', 'run_source', 'Stage', 'with_dependents', 'stage_key']
@@ -31,7 +32,7 @@ class RunConfig:
     dpo: TrainConfig
     minutes: float = 10.0           # the dial: `scale` multiplies every budget by wanted minutes / this
     corpus_bytes: int = 10_000_000  # text to write or to read, at most
-    val_docs: int = 400             # held-out documents that bits per byte is measured on
+    val_docs: int = 300             # held-out documents that bits per byte is measured on
     sft_chats: int = 10_000         # conversations for fine-tuning
     dpo_prompts: int = 240          # prompts answered by the SFT model and ranked by the judge
     dpo_samples: int = 3            # answers to each of them
@@ -49,14 +50,15 @@ def _training(steps: int, batch_size: int, context_length: int, lr: float = 1e-2
 RUN_PRESETS: dict[str, RunConfig] = {
     "story": RunConfig(
         model=PRESETS["story"],
-        pretrain=_training(440, 8, 256, eval_every=40, sample_every=200),
-        sft=_training(820, 4, 512),
+        pretrain=_training(400, 8, 256, eval_every=40, sample_every=200),
+        sft=_training(860, 4, 512),
         dpo=_training(30, 16, 512, lr=6e-4, muon_lr=1.2e-3)),
     "text": RunConfig(
         model=PRESETS["story"],
         pretrain=_training(800, 8, 256, eval_every=40, sample_every=200),
-        sft=_training(460, 4, 512),
-        dpo=_training(30, 16, 512, lr=6e-4, muon_lr=1.2e-3)),
+        sft=_training(320, 4, 512),
+        dpo=_training(30, 16, 512, lr=6e-4, muon_lr=1.2e-3),
+        dpo_prompts=100, judge_prompts=120),
     "tiny": RunConfig(
         model=PRESETS["tiny"],
         pretrain=_training(200, 8, 256, eval_every=20, sample_every=50),
@@ -115,7 +117,7 @@ class Run:
 # %% ../nbs/97a_stages.ipynb #b3470314
 def run_source(run: Run) -> Source:
     "The text of this run as a `Source`. Raises `DataError` when there is nothing to read."
-    return open_source(run.corpus, seed=run.config.seed)
+    return named_source(run.corpus, seed=run.config.seed)
 
 @dataclass(frozen=True)
 class Stage:

@@ -216,7 +216,7 @@ def finite(record: dict) -> dict:
 
 # %% ../nbs/52_steps.ipynb #70725d2e
 MAY_CHANGE = ("log_every", "eval_every", "sample_every", "save_every", "save_seconds", "keep", "keep_best", "sinks",  # they only watch
-              "device", "compile", "checkpointing", "parallel")  # where it is computed: the same, or nearly, and the run says so
+              "allow", "device", "compile", "checkpointing", "parallel")  # where it is computed: the same, or nearly, and the run says so
 
 
 def data_fingerprint(batch: dict[str, Tensor]) -> str:
@@ -239,13 +239,13 @@ def identity_of(model: nn.Module, batch_at: Callable, config: TrainConfig, paren
 DEFAULTS = to_dict(TrainConfig())  # what a checkpoint means that is older than a setting
 
 
-def check_same_run(saved: dict, now: dict, run_dir: str | Path) -> None:
-    "Raise TrainingError with the first difference between the identity of a saved run and of the one that is about to go on."
+def check_same_run(saved: dict, now: dict, run_dir: str | Path, allow: tuple[str, ...] = ()) -> None:
+    "Raise TrainingError with the first difference, not named in `allow`, between a saved run's identity and that of the one that goes on."
     for part in ("model_config", "config", "parents"):
         for name in sorted(saved[part].keys() | now[part].keys()):
             old, new = (side[part].get(name, DEFAULTS.get(name) if part == "config" else None) for side in (saved, now))
-            if old != new:
+            if old != new and f"{part}.{name}" not in allow:
                 raise TrainingError(f"{run_dir} holds a run with {part}.{name} = {old!r}, and now it is {new!r}: "
                                     "choose another folder, or the same settings")
-    if saved["data"] != now["data"]:
+    if saved["data"] != now["data"] and "data" not in allow:
         raise TrainingError(f"{run_dir} holds a run on other data (its first batch was different): choose another folder, or the same data")

@@ -26,7 +26,7 @@ class SampleError(SLMError, ValueError):
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     "Logits (…, V) divided by the temperature, the largest moved to 0; at temperature 0 only the first largest stays."
     best = logits.max(-1, keepdim=True)
-    if temperature > 0: return (logits - best.values) / temperature
+    if temperature > 0: return (logits - best.values) / max(temperature, torch.finfo(logits.dtype).tiny)  # less would be 0 here, and 0/0
     return torch.full_like(logits, -torch.inf).scatter(-1, best.indices, 0.0)
 
 # %% ../nbs/90_strategies.ipynb #34fc369e

@@ -17,22 +17,26 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from .config import ModelConfig, SLMError, pick_device, seed_everything
+from .config import ModelConfig, SLMError, pick_device, pick_precision, seed_everything
 from .counting import flops_per_token
 from .model import TransformerLM
 from .optim import TrainConfig, build_optimizer
 from .steps import lm_loss, training_step
 
 # %% auto #0
-__all__ = ['BASELINE', 'TRAINERS', 'matmul_peak', 'utilisation', 'Trainer', 'our_trainer', 'llama', 'gpt2', 'their_trainer',
-           'warm_up', 'seconds_in_turns', 'random_batches', 'bench_train', 'bench_text']
+__all__ = ['BASELINE', 'TRAINERS', 'peak_sizes', 'matmul_peak', 'utilisation', 'Trainer', 'our_trainer', 'llama', 'gpt2',
+           'their_step', 'their_trainer', 'warm_up', 'seconds_in_turns', 'random_batches', 'bench_train', 'bench_text']
 
 # %% ../nbs/56b_train_bench.ipynb #81de8c7d
-def matmul_peak(dtype: torch.dtype = torch.bfloat16, sizes: tuple[int, ...] = (1024, 2048), repeats: int = 5) -> float:
-    "Operations a second of the fastest product of two square matrices seen here."
+def peak_sizes(kind: str) -> tuple[int, int]:
+    "Sizes of square matrices that fill a device of this kind."
+    return (4096, 8192) if kind == "cuda" else (1024, 2048)
+
+def matmul_peak(dtype: torch.dtype | None = None, sizes: tuple[int, ...] | None = None, repeats: int = 5) -> float:
+    "Operations a second of the fastest product of two square matrices; None: in the type that training uses here, of `peak_sizes`."
     device, best = pick_device(), 0.0
-    for n in sizes:
-        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    for n in sizes or peak_sizes(device.type):
+        a, b = (torch.randn(n, n, device=device).to(dtype or getattr(torch, pick_precision("auto", device))) for _ in range(2))
         for _ in range(repeats):
             begin = time.perf_counter()
             a @ b
@@ -94,20 +98,22 @@ def gpt2(config: ModelConfig) -> nn.Module:
         bos_token_id=None, eos_token_id=None))
 
 # %% ../nbs/56b_train_bench.ipynb #ee415e23
+def their_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], half: bool = False) -> float:
+    "One update of a model of `transformers`; `half`: products in bfloat16 by autocast. The loss in nats a token."
+    with torch.autocast(batch["ids"].device.type, torch.bfloat16, enabled=half): logits = model(input_ids=batch["ids"]).logits
+    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten())
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step(), optimizer.zero_grad()
+    return loss.item()
+
 def their_trainer(name: str, build: Callable[[ModelConfig], nn.Module], half: bool = False) -> Trainer:
-    "A model of `transformers` with PyTorch's fused AdamW; `half`: products in bfloat16 by autocast."
+    "A model of `transformers` with PyTorch's fused AdamW; `half` as in `their_step`."
     def make(config: ModelConfig, batch_size: int, length: int) -> Callable:
         seed_everything(0)
-        device, model = pick_device(), build(config).to(pick_device()).train()
+        model = build(config).to(pick_device()).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True)
-        def step(batch: dict[str, Tensor]) -> float:
-            with torch.autocast(device.type, torch.bfloat16, enabled=half): logits = model(input_ids=batch["ids"]).logits
-            loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), batch["labels"].flatten())
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step(), optimizer.zero_grad()
-            return loss.item()
-        return step
+        return lambda batch: their_step(model, optimizer, batch, half)
     return Trainer(f"transformers {name}{', bfloat16' if half else ''}", make, "transformers")
 
 # %% ../nbs/56b_train_bench.ipynb #5623ccf0
@@ -156,14 +162,15 @@ def bench_train(config: ModelConfig, batch_size: int = 8, length: int = 256, rou
     chosen = [t for t in trainers or TRAINERS if t.is_there and (compiled or not t.compiled)]
     batches = random_batches(config, batch_size, length, 2 * rounds + 1)
     steps, first = warm_up(chosen, config, batches.pop())
-    peaks = [matmul_peak()]
-    steps["peak"] = lambda batch: peaks.append(matmul_peak(sizes=(2048,), repeats=2))      # in turns with the others, the best counts
+    peaks, largest = [matmul_peak()], peak_sizes(pick_device().type)[1:]
+    steps["peak"] = lambda batch: peaks.append(matmul_peak(sizes=largest, repeats=2))      # in turns with the others, the best counts
     times = seconds_in_turns(steps, batches, rounds, choose=min)
     peak = max(peaks)
     rows = [{"who": name, "tokens_per_second": batch_size * length / times[name], "start_seconds": first[name],
              "ratio": times[BASELINE] / times[name] if BASELINE in times else None,
              "mfu": utilisation(config, length, batch_size * length / times[name], peak)} for name in sorted(first, key=times.get)]
-    return {"peak": peak, "threads": torch.get_num_threads(), "batch_size": batch_size, "length": length, "rows": rows}
+    about = {"precision": pick_precision("auto", pick_device()), "threads": torch.get_num_threads()}
+    return {"peak": peak, **about, "batch_size": batch_size, "length": length, "rows": rows}
 
 # %% ../nbs/56b_train_bench.ipynb #0ae89b49
 def bench_text(result: dict) -> str:
@@ -172,5 +179,5 @@ def bench_text(result: dict) -> str:
     for row in result["rows"]:
         ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
         lines.append(f"{row['who']:32}{row['tokens_per_second']:10,.0f}{ratio:>8}{row['mfu']:7.2f}{row['start_seconds']:7.1f} s")
-    return "\n".join([*lines, f"peak {result['peak'] / 1e9:,.0f} GFLOP/s in bfloat16, {result['threads']} threads, "
-                              f"{result['batch_size']} rows of {result['length']} tokens a step"])
+    peak = f"peak {result['peak'] / 1e9:,.0f} GFLOP/s in {result.get('precision', 'bfloat16')}"
+    return "\n".join([*lines, f"{peak}, {result['threads']} threads, {result['batch_size']} rows of {result['length']} tokens a step"])

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,8 @@ from .optim import TrainConfig, build_optimizer
 from .steps import lm_loss, looking, training_step
 
 # %% auto #0
-__all__ = ['Letters', 'split_letters', 'window_batches', 'held_out_windows', 'held_out_nats', 'run_trial', 'cost_to_reach']
+__all__ = ['Letters', 'split_letters', 'window_batches', 'held_out_windows', 'held_out_nats', 'our_step', 'trial_points',
+           'run_trial', 'cost_to_reach']
 
 # %% ../nbs/56a_trials.ipynb #ecd9a3ac
 @dataclass(frozen=True)
@@ -81,26 +82,37 @@ def held_out_nats(model: nn.Module, ids: Tensor, length: int, rows: int = 32) ->
     return total / max(1, len(ids) - 1)
 
 # %% ../nbs/56a_trials.ipynb #fa4cac63
-def run_trial(
+def our_step(model: nn.Module, config: TrainConfig) -> Callable[[dict[str, Tensor], int], dict]:
+    "One update of `model` as the training loop makes it: (batch, step) → record."
+    model.train()
+    optimizer = build_optimizer(model, config)
+    return lambda batch, step: training_step(model, optimizer, batch, lm_loss, config, step)
+
+def trial_points(
     model: nn.Module, batch_at: Callable[[int], dict[str, Tensor]], config: TrainConfig,
     judge: Callable[[nn.Module], float] | None = None,   # what stands under "val" in each point
     points: int = 10, clock: Callable[[], float] = time.process_time, watch: Callable[[dict], None] | None = None,
-) -> list[dict]:
-    "Train `model` in memory and return about `points` points: step, tokens, seconds, loss, val. `watch(record)` sees every step."
-    model.train()
-    optimizer, curve, losses, seconds, tokens = build_optimizer(model, config), [], [], 0.0, 0
-    every = max(1, config.steps // points)
+    update: Callable[[dict[str, Tensor], int], dict] | None = None,   # None: `our_step`
+) -> Iterator[dict]:
+    "Train `model` in memory, stopping at about `points` points: step, tokens, seconds, wall, loss, val. `watch(record)` sees every step."
+    update, losses, spent, tokens = update or our_step(model, config), [], np.zeros(2), 0
+    every, now = max(1, config.steps // points), lambda: np.array([clock(), time.perf_counter()])
     for step in range(config.steps):
-        batch, begin = batch_at(step), clock()
-        record = training_step(model, optimizer, batch, lm_loss, config, step)
-        seconds, tokens = seconds + clock() - begin, tokens + batch["ids"].numel()
+        batch, begin = batch_at(step), now()
+        record = update(batch, step)
+        spent, tokens = spent + now() - begin, tokens + batch["ids"].numel()
         losses.append(record["loss"])
         if watch is not None: watch(record)
         if (step + 1) % every == 0 or step + 1 == config.steps:
-            point = {"step": step + 1, "tokens": tokens, "seconds": round(seconds, 3), "loss": float(np.mean(losses))}
-            curve.append(point | ({"val": judge(model)} if judge is not None else {}))
+            seconds, wall = spent.round(3).tolist()
+            point = {"step": step + 1, "tokens": tokens, "seconds": seconds, "wall": wall, "loss": float(np.mean(losses))}
+            yield point | ({"val": judge(model)} if judge is not None else {})
             losses = []
-    return curve
+
+# %% ../nbs/56a_trials.ipynb #f732464d
+def run_trial(model: nn.Module, batch_at: Callable[[int], dict[str, Tensor]], config: TrainConfig, *more, **also) -> list[dict]:
+    "The whole curve of `trial_points`, whose arguments it takes."
+    return list(trial_points(model, batch_at, config, *more, **also))
 
 # %% ../nbs/56a_trials.ipynb #4d7ad973
 def cost_to_reach(curve: list[dict], target: float, cost: str = "seconds", value: str = "val") -> float | None:

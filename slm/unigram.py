@@ -15,7 +15,7 @@ from typing import Callable, Iterable
 import numpy as np
 from .counts import count_texts
 from .flat_lattice import FlatLattices
-from .kernels import LONG, use_numba
+from .kernels import PAYS, use_numba
 from .lattice import CUT, Lattices, arcs, sample_path, train_pieces, viterbi
 from .merges import WordCache
 from .text import SPECIAL_TOKENS, Tokenizer, TokenizerError, file_layout, special_pattern
@@ -144,7 +144,7 @@ def check_sizes(vocab_size: int, blank: Unigram, coverage: float) -> None:
 def pick_lattices(words: dict, speed: str) -> type:
     """The class for the lattices of `words`: the readable one for "python", arrays for "numba", and by size for "auto"."""
     large = sum(map(len, words)) > 1 << 14
-    return FlatLattices if speed == "numba" or (speed == "auto" and use_numba(None, LONG if large else 0)) else Lattices
+    return FlatLattices if speed == "numba" or (speed == "auto" and use_numba(None, PAYS if large else 0)) else Lattices
 
 # %% ../nbs/16c_unigram.ipynb #261c0ac2
 class TrainedUnigram(Unigram):

@@ -2,6 +2,7 @@
 import hashlib
 import http.server
 import json
+import re
 import threading
 import urllib.parse
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ def children(files: dict[str, bytes], folder: str, deep: bool) -> list[dict]:
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """`server.sets` holds {"owner/name": {path: bytes}}; those in `server.gated` want `server.token`."""
+    """`server.sets` holds {"owner/name": {path: bytes}}, a branch of it under "owner/name@refs/convert/parquet"; those in `server.gated`
+    want `server.token`."""
 
     def log_message(self, *args):
         pass
@@ -41,27 +43,29 @@ class Answers(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         self.server.asked.append((path, self.headers.get("Authorization", "")))
         parts = urllib.parse.unquote(path).removeprefix("/api").removeprefix("/datasets/").split("/")
-        files, repo = self.server.sets.get("/".join(parts[:2])), "/".join(parts[:2])
+        repo, sha = "/".join(parts[:2]), "b" * 40 if "b" * 40 in parts or "convert" in parts else "a" * 40
+        files = self.server.sets.get(repo if sha[0] == "a" else f"{repo}@refs/convert/parquet")
         if files is None:
             return self.answer(404, X_Error_Code="RepoNotFound")
         if repo in self.server.gated and self.headers.get("Authorization") != f"Bearer {self.server.token}":
             return self.answer(403, X_Error_Code="GatedRepo")
         if not path.startswith("/api"):
-            return self.file(files, "/".join(parts[4:]))
+            return self.file(files, "/".join(parts[parts.index(sha) + 1 if sha in parts else 4:]), sha)
         if "tree" in parts:
             listed = children(files, "/".join(parts[4:]), "recursive=true" in query.lower())
             return self.answer(200, json.dumps(listed).encode(), Content_Type="application/json")
-        facts = {"id": repo, "sha": "a" * 40, "gated": repo in self.server.gated, "private": False, "tags": [],
-                 "cardData": {"license": "mit"}, "siblings": [{"rfilename": name} for name in files]}
+        stated = re.search(rb"^license: (\S+)", files.get("README.md", b""), re.M)
+        facts = {"id": repo, "sha": sha, "gated": repo in self.server.gated, "private": False, "tags": [],
+                 "cardData": {"license": stated[1].decode()} if stated else {}, "siblings": [{"rfilename": name} for name in files]}
         return self.answer(200, json.dumps(facts).encode(), Content_Type="application/json")
 
     do_HEAD = do_GET
 
-    def file(self, files: dict[str, bytes], name: str) -> None:
+    def file(self, files: dict[str, bytes], name: str, sha: str) -> None:
         if name not in files:
             return self.answer(404, X_Error_Code="EntryNotFound")
         body, wanted = files[name], self.headers.get("Range")
-        facts = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X_Repo_Commit": "a" * 40, "Accept_Ranges": "bytes"}
+        facts = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X_Repo_Commit": sha, "Accept_Ranges": "bytes"}
         if not wanted:
             return self.answer(200, body, **facts)
         first, _, last = wanted.removeprefix("bytes=").partition("-")

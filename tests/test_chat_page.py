@@ -232,6 +232,7 @@ def test_alternatives_at_a_token_and_branches(page):
     page.run("document.querySelector('.assistant .said').focus()")
     page.key("ArrowRight"), page.key("ArrowRight")
     assert page.run("return document.querySelector('.t.at').dataset.i") == "1"
+    page.run("document.getElementById('log').dispatchEvent(new Event('scroll'))")             # a late scroll takes nothing away
     assert not page.run("return document.getElementById('card').hidden")
     page.key("Escape")
     assert page.run("return document.getElementById('card').hidden")

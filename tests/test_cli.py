@@ -71,8 +71,9 @@ def test_help_teaches(words, command):
 def test_all_commands_are_there():
     alone = {"run", "chat", "sample", "plan", "pretrain", "sft", "dpo", "quantize", "export", "import", "eval", "lineage", "test"}
     families = {"tokenizer train", "tokenizer encode", "tokenizer show", "tokenizer bench", "tokenizer compare", "data prepare",
-                "data check", "data list", "bench decode", "bench train", "bench shakespeare"}
-    later = {"verify-resume", "ablate", "scale", "doctor", "inspect", "serve", "grpo", "judge"}
+                "data check", "data list", "bench constrain", "bench data", "bench decode", "bench train", "bench muon",
+                "bench shakespeare", "bench loss", "bench recipe"}
+    later = {"verify-resume", "ablate", "scale", "doctor", "inspect", "serve", "grpo", "judge", "pairs"}
     assert {" ".join(words) for words, _ in COMMANDS} == alone | families | later
     assert all(words[-1] in expect_ok("--help") or words[0] in expect_ok("--help") for words, _ in COMMANDS)
 
@@ -319,12 +320,26 @@ def test_import_of_an_unknown_architecture_is_refused(here, babble):
 
 def test_plan_says_what_fits():
     lines = dict(line.split(maxsplit=1) for line in expect_ok("plan --preset 15m --minutes 30 --speed 9000").splitlines())
-    assert lines["parameters"].startswith("15,") and "30 minutes: 16,200,000 tokens in 3,955 steps" in lines["in"]
+    assert lines["parameters"].startswith("15,") and "30 minutes: 16,200,000 tokens in 7,910 steps" in lines["in"]
     assert lines["would"].startswith("suit") and "depth" in lines["would"]
     assert "100 steps" in expect_ok("plan --preset tiny --steps 100 --speed 7")
+    assert expect_ok("plan --preset tiny --speed 7 -b 32") == expect_ok("plan --preset tiny --speed 7 --set train.batch_size=32")
+    assert "batch_size" in expect_refusal("plan --preset tiny --speed 7 --set train.batch_size=0")
     if Path("/proc/meminfo").exists():
         assert "does not fit" in expect_ok("plan --preset tiny --speed 9 --batch-size 100000000")
     assert "tokens/s" in expect_ok("plan --preset tiny --batch-size 1 --context-length 16")       # a short calibration
+
+
+def test_plan_and_pretrain_reckon_with_the_batch_of_the_recipe():
+    import inspect
+
+    from slm.make import plan_command
+    from slm.stages import RUN_PRESETS
+    from slm.train_cli import pretrain_command
+    for command in (plan_command, pretrain_command):
+        defaults = {name: p.default for name, p in inspect.signature(command).parameters.items()}
+        for recipe in RUN_PRESETS.values():
+            assert (defaults["batch_size"], defaults["context_length"]) == (recipe.pretrain.batch_size, recipe.pretrain.context_length)
 
 
 def test_prompt_from_a_file_and_from_stdin(here, babble):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from every_format import write_every_format, write_table
 
 import slm.cli  # noqa: F401  its commands join the program
 from slm.config import SLMError
@@ -92,12 +93,24 @@ def test_killed_preparation_gives_the_same_bytes(here):
     assert not parts_folder(here / "killed" / "pack").exists() and not (here / "killed" / ".parts").exists()
 
 
+def test_any_number_of_workers_gives_the_same_bytes(here):
+    write_mix(here)
+    for workers in (1, 3):
+        process = start(f"{MIXED.replace('--workers 1', f'--workers {workers}')} --out by{workers}", here)
+        assert process.wait(120) == 0, process.stderr.read().decode()
+        assert json.loads((here / f"by{workers}/report/stages.json").read_text())["workers"] == workers
+    for name in ("corpus", "tokenizer", "pack"):
+        assert files_of(here / "by1" / name) == files_of(here / "by3" / name), name
+    assert len(list((here / "by1" / "pack").glob("*.bin"))) > 2
+
+
 @pytest.mark.slow
 def test_twenty_kills(here):
     for number in range(4):
         (here / str(number)).mkdir()
         write_mix(here / str(number))
-        killed_until_done(here / str(number), 5, random.Random(number), (PREPARE, MIXED)[number % 2])
+        words = (PREPARE, MIXED)[number % 2].replace("--workers 1", f"--workers {1 + number // 2}")
+        killed_until_done(here / str(number), 5, random.Random(number), words)
         assert files_of(here / str(number) / "killed" / "pack") == files_of(here / str(number) / "oracle" / "pack")
 
 
@@ -118,32 +131,17 @@ def rows(n: int) -> list[str]:
 
 
 def test_every_format_gives_the_same_texts(here):
-    import csv
-    import gzip
-
-    import pyarrow
-    import pyarrow.parquet
     texts = rows(20)
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    Path("a.jsonl").write_text(lines)
-    Path("a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    with open("a.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["text"], *([text] for text in texts)])
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), "a.parquet")
-    Path("a.txt").write_text("<|endoftext|>".join(texts))
-    for name in ("a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "a.txt"):
+    for name in write_every_format(texts):
         assert [item["text"] for item in open_source(name)] == texts, name
 
 
 def test_hub_layout_with_configs_and_splits(here):
-    import pyarrow
-    import pyarrow.parquet
     texts = rows(30)
     for config, part in (("small", texts[:10]), ("large", texts)):
-        Path("set", config).mkdir(parents=True)
         for number, half in enumerate((part[:len(part) // 2], part[len(part) // 2:])):
-            pyarrow.parquet.write_table(pyarrow.table({"story": half}), Path("set", config, f"train-{number:05d}-of-00002.parquet"))
-        pyarrow.parquet.write_table(pyarrow.table({"story": ["held out"]}), Path("set", config, "test-00000-of-00001.parquet"))
+            write_table(half, f"set/{config}/train-{number:05d}-of-00002.parquet", "story")
+        write_table(["held out"], f"set/{config}/test-00000-of-00001.parquet", "story")
     configs = "".join(f"- config_name: {c}\n  data_files:\n  - split: train\n    path: {c}/train-*\n  - split: test\n    path: {c}/test-*\n"
                       for c in ("small", "large"))
     Path("set/README.md").write_text(f"---\nconfigs:\n{configs}---\n")

@@ -43,7 +43,19 @@ def layout(field: str = "text") -> dict[str, bytes]:
     return files
 
 
-SETS = {"owner/stories": layout(), "owner/gated": layout(), "owner/renamed": layout("body")}
+def card(licence: str) -> bytes:
+    return f"---\nlicense: {licence}\n---\nNot a story.\n".encode()
+
+
+LONG = [f"{text} The miller had a lamp, a cat and a letter from the town, and he read it every evening." for text in texts("ready")]
+SETS = {
+    "owner/stories": layout(), "owner/gated": layout(), "owner/renamed": layout("body"),
+    "roneneldan/TinyStories": {"README.md": card("cdla-sharing-1.0"), "data/train-00000-of-00001.parquet": shard(LONG)},
+    "Salesforce/wikitext": {"README.md": card("other"), "data/train-00000-of-00001.parquet": shard(LONG)},
+    # a program on its main branch, as old data sets are, and what it gave on another one
+    "Skylion007/openwebtext": {"README.md": card("cc0-1.0"), "openwebtext.py": b"import datasets\n"},
+    "Skylion007/openwebtext@refs/convert/parquet": {"plain_text/train/0000.parquet": shard([f"{text} {text[::-1]}" for text in 4 * LONG])},
+}
 
 
 @pytest.fixture
@@ -62,14 +74,20 @@ for line in sys.argv[1:]:
 """
 
 
-def slm(hub, *lines: str, **environment: str) -> list[tuple[int, str]]:
-    """(exit code, what was printed) of each `slm LINE`, run one after another in a process of its own whose hub is ours."""
+def python(hub, program: str, *words: str, **environment: str) -> subprocess.CompletedProcess:
+    """A program, run in a process of its own whose hub is ours."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.here / "hf"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
               "NO_PROXY": "127.0.0.1"}
-    done = subprocess.run([sys.executable, "-c", DRIVER, *lines], cwd=hub.here, env={**clean, **places, **environment}, capture_output=True,
-                          text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=hub.here, env={**clean, **places, **environment}, timeout=120,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def slm(hub, *lines: str, **environment: str) -> list[tuple[int, str]]:
+    """(exit code, what was printed) of each `slm LINE`, run one after another in such a process."""
+    done = python(hub, DRIVER, *lines, **environment)
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(code == 0 or (code == 2 and len(err.strip().splitlines()) == 1) for code, _, err in answers), answers
     return [(code, out + err) for code, out, err in answers] + [(0, done.stderr)]
@@ -121,3 +139,45 @@ def test_no_network(hub):
     assert code == 2 and "cannot be reached" in told and "check the network" in told and "hf download" in told
     [(code, told), _] = slm(hub, line, HF_HUB_OFFLINE="1")
     assert code == 2 and "owner/stories" in told and "hf download" in told
+
+
+def test_ready_names_and_lists_are_known_to_every_command(hub):
+    (hub.here / "mix.yml").write_text("- {name: web, kind: hub, location: owner/stories, config: small}\n"
+                                      "- {name: mine, kind: file, location: mine.txt}\n")
+    (hub.here / "mine.txt").write_text("<|endoftext|>".join(LONG))
+    good = [f"data prepare tinystories --out t {PREPARE}", "tokenizer train tinystories --vocab-size 300 --out tok",
+            "tokenizer train mix.yml --vocab-size 300 --out mixed"]
+    assert [code for code, _ in slm(hub, *good)] == [0] * 4
+    assert all(text in corpus(hub.here / "t") for text in LONG)
+    bad = {"tokenizer train tinystory --out x": "slm data list", "tokenizer train other.yml --out x": "cannot read the list other.yml",
+           "run x --corpus tinystory": "slm data list", "run x --corpus other.yml": "cannot read the list other.yml",
+           "tokenizer train wikitext --out x": "cc-by-sa-3.0 was expected"}
+    for (words, sentence), (code, told) in zip(bad.items(), slm(hub, *bad)):
+        assert code == 2 and sentence in told, (words, told)
+
+
+RUN = """
+import sys
+from slm.makers import make_corpus
+from slm.run import plan_run
+for name in sys.argv[1:]:
+    run = plan_run(corpus=name, preset="tiny", quiet=True)
+    run.dir.mkdir(parents=True)
+    print(run.dir.name, make_corpus(run))
+"""
+
+
+def test_a_run_learns_from_a_ready_name_and_from_a_list(hub):
+    (hub.here / "mine.yml").write_text("- {name: web, kind: hub, location: owner/stories, config: small}\n"
+                                       "- {name: told, kind: storyworld}\n")
+    told = python(hub, RUN, "tinystories", "mine.yml").stdout.splitlines()
+    assert told[0].startswith("tinystories 40 documents") and told[1].startswith("mine ")
+    assert all(text in (hub.here / "checkpoints/tinystories/corpus/train.jsonl").read_text() +
+               (hub.here / "checkpoints/tinystories/corpus/val.jsonl").read_text() for text in LONG)
+
+
+def test_an_old_data_set_is_read_from_the_branch_that_holds_what_it_gave(hub):
+    told = slm(hub, f"data prepare Skylion007/openwebtext --out x {PREPARE}", f"data prepare openwebtext --out web {PREPARE}")
+    assert told[0][0] == 2 and "Skylion007/openwebtext@refs/convert/parquet" in told[0][1]
+    assert told[1][0] == 0 and LONG[0] in corpus(hub.here / "web")
+    assert any("/resolve/" + "b" * 40 in path for path, _ in hub.asked)

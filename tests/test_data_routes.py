@@ -1,14 +1,11 @@
 """Token in, token out: by every route, what a source holds is what a pack gives back, document by document."""
-import csv
-import gzip
 import http.server
 import json
 import threading
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
+from every_format import write_every_format
 
 import slm.cli  # noqa: F401  its commands join the program
 from slm.data import Pack
@@ -26,19 +23,7 @@ def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("routes")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
-        Path("a.jsonl").write_text(lines)
-        Path("b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-        with open("c.csv", "w", newline="") as file:
-            csv.writer(file).writerows([["text"], *([text] for text in TEXTS)])
-        pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), "d.parquet")
-        Path("e.txt").write_text("<|endoftext|>".join(TEXTS))
-        Path("folder").mkdir()
-        Path("folder/one.jsonl").write_text("".join(lines.splitlines(True)[:10]))
-        Path("folder/two.txt").write_text("<|endoftext|>".join(TEXTS[10:]))
-        Path("copy/data").mkdir(parents=True)
-        for number, part in enumerate((TEXTS[:12], TEXTS[12:])):
-            pyarrow.parquet.write_table(pyarrow.table({"text": part}), f"copy/data/train-{number:05d}-of-00002.parquet")
+        write_every_format(TEXTS)
         Path("mix.yml").write_text("- {name: a, kind: file, location: a.jsonl}\n- {name: w, kind: storyworld, max_docs: 9, share: 0.1}\n")
         expect_ok("tokenizer train e.txt --vocab-size 300 --out tok")
         yield folder

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ import torch
 
 from slm.config import ModelConfig, override, rng, seed_everything
 from slm.model import TransformerLM
-from slm.optim import TrainConfig
+from slm.optim import AdamW, TrainConfig  # noqa: F401 (the worker reads it)
 from slm.pretrain import load_model, read_log, train
 from slm.steps import lm_loss
 
@@ -27,7 +28,7 @@ CONFIG = TrainConfig(steps=12, batch_size=8, micro_batch_size=2, context_length=
                      save_every=4, save_seconds=None, eval_every=6)
 ENV = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "USE_LIBUV": "0"}
 WORKER = """
-import contextlib, sys
+import contextlib, functools, sys
 from pathlib import Path
 import test_distributed as t
 out = Path(sys.argv[1])
@@ -38,6 +39,10 @@ for kind in ("ddp", "fsdp"):
     t.go(out / f"one-{kind}", [f"parallel={kind}"])                      # begun by one process, goes on with two
     with contextlib.suppress(RuntimeError):
         t.go(out / f"{kind}-one", [f"parallel={kind}"], on_step=boom)    # begun by two, and cut
+plain = t.AdamW.__init__
+for fused in (False, True):                                              # as on a CUDA device, where the kernel is the default
+    t.AdamW.__init__ = functools.partialmethod(plain, fused=fused)
+    t.go(out / f"fused-{fused}", ["parallel=fsdp", "optimizer=adamw"])
 """
 
 
@@ -107,6 +112,12 @@ def test_checkpoints_are_interchangeable(runs, name):
     assert len(losses(runs / name)) == 12
 
 
+def test_the_fused_kernel_is_the_same_rule_on_shards(runs):
+    """PyTorch's AdamW kernel on the shards of FSDP2 gives the curve of the readable update."""
+    readable, fused = (losses(runs / f"fused-{way}") for way in (False, True))
+    assert fused == pytest.approx(readable, rel=1e-6) and fused[-1] != fused[0]
+
+
 def test_random_numbers_are_saved_for_every_process(runs):
     state = load_model(runs / "ddp")[1].state
     assert len(state["ranks"]) == 1 and state["ranks"][0]["torch"] != state["rng"]["torch"]
@@ -131,7 +142,10 @@ def test_the_command_line_and_a_killed_rank(runs, tmp_path):
     killer.write_text("import os, signal, sys\nfrom pathlib import Path\nimport test_distributed as t\nout, fatal = Path(sys.argv[1]), "
                       "sys.argv[2] == 'kill' and os.environ['RANK'] == '1'\n"
                       "t.go(out, on_step=lambda step: os.kill(os.getpid(), signal.SIGKILL) if fatal and step == 6 else None)\n")
-    assert torchrun(killer, tmp_path / "cut", "kill").returncode != 0
+    begin = time.perf_counter()
+    lost = torchrun(killer, tmp_path / "cut", "kill")
+    assert lost.returncode != 0 and time.perf_counter() - begin < 90
+    assert "process 0 of 2 has lost another one: start the same command again" in lost.stderr, lost.stderr[-2000:]
     assert torchrun(killer, tmp_path / "cut", "no").returncode == 0
     torchrun(killer, tmp_path / "whole", "no")
     a, b = load_model(tmp_path / "cut")[1], load_model(tmp_path / "whole")[1]

@@ -1,35 +1,25 @@
 """The engine: every request gets what the obvious loop writes for it, whoever comes, goes, is cancelled or shares a beginning."""
 from __future__ import annotations
 
+from functools import partial
+
+import babbler
 import numpy as np
 import pytest
 import torch
 
-from slm.config import ModelConfig, SLMError
+from slm.config import SLMError
 from slm.decode import generate_naive
-from slm.engine import Engine, Event, choose_slot, portions, shared_length
-from slm.model import TransformerLM
+from slm.engine import Engine
 from slm.quantize import quantize_model
+from slm.request import Event, choose_slot, portions, shared_length
 from slm.sample import LM, Sampling
 from slm.slots import SlotCache, read_slots
 from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer
 
-SHAPES = {
-    "llama": dict(n_kv_head=2), "mqa": dict(n_kv_head=1, qk_norm=True), "alibi": dict(position="alibi"), "tied": dict(tie_embeddings=True),
-    "learned": dict(position="learned", norm="layernorm", ffn="gelu", bias=True), "window": dict(sliding_window=8),
-    "none": dict(position="none", norm_position="post"), "softcap": dict(logit_softcap=20.0), "experts": dict(n_expert=3, d_ff=32),
-}
+SHAPES = {**babbler.SHAPES, "experts": dict(n_expert=3, d_ff=32)}
 TEXT = "Once upon a time a small fox met a duck by the pond — “über!” said the duck 🦆. Let us go home! They went home. " * 30
-
-
-def babbler(vocab_size: int = 290, **shape) -> TransformerLM:
-    """A random model whose scores are turned up until it has preferences."""
-    torch.manual_seed(0)
-    usual = dict(vocab_size=vocab_size, context_length=96, n_layer=2, n_head=4, d_model=32, tie_embeddings=False)
-    model = TransformerLM(ModelConfig(**{**usual, **shape})).eval()
-    with torch.no_grad():
-        (model.embed if model.head is None else model.head).weight.mul_(20 if model.head is None else 3)
-    return model
+babble = partial(babbler.babbler, vocab_size=290, context_length=96)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +29,7 @@ def tok():
 
 @pytest.fixture(scope="module")
 def lm(tok):
-    return LM(babbler(), tok)
+    return LM(babble(), tok)
 
 
 def drain(engine: Engine) -> list[Event]:
@@ -69,7 +59,7 @@ def crowd(lm: LM, n: int, seed: int = 0, longest: int = 60) -> list[tuple[list[i
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_slots_give_the_scores_of_the_plain_model(shape):
-    model, draws = babbler(**SHAPES[shape]), np.random.default_rng(1)
+    model, draws = babble(**SHAPES[shape]), np.random.default_rng(1)
     cache = SlotCache(model, slots=4)
     for _ in range(12):
         slots = draws.permutation(4)[:int(draws.integers(1, 5))].tolist()
@@ -82,7 +72,7 @@ def test_slots_give_the_scores_of_the_plain_model(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_request_is_written_as_if_it_were_alone(shape, tok):
-    lm = LM(babbler(**SHAPES[shape]), tok)
+    lm = LM(babble(**SHAPES[shape]), tok)
     engine, requests = Engine(lm, slots=3, prefill_chunk=7), []
     for i, (prompt, sampling, seed) in enumerate(crowd(lm, 10)):
         requests.append(engine.submit(prompt, sampling, seed=seed))
@@ -198,7 +188,7 @@ def test_portions_stay_within_the_budget(unread):
 
 
 def test_int8_and_a_short_context(tok):
-    lm = LM(quantize_model(babbler()), tok)
+    lm = LM(quantize_model(babble()), tok)
     engine = Engine(lm, slots=2, max_length=40)
     requests = [engine.submit([0, *range(30, 30 + n)], Sampling(max_new_tokens=90), seed=n) for n in (3, 20, 38)]
     drain(engine)

@@ -14,7 +14,7 @@ from slm.config import ConfigError, ModelConfig, SLMError, seed_everything
 from slm.counting import count_parameters
 from slm.doctor import CHECKS, REMEDIES, Patient, examine, run_numbers
 from slm.model import TransformerLM
-from slm.optim import TrainConfig, orthogonalize
+from slm.optim import NEWTON_SCHULZ, TrainConfig, orthogonalize
 from slm.scaling import bootstrap_laws, power_law, predict, rung, size_of
 from slm.shakespeare import OURS, REFERENCE, fit_steps, our_shape, reference_shape
 from slm.storyworld import stories
@@ -67,6 +67,70 @@ def test_orthogonalize_is_the_textbook_iteration(shape):
     assert torch.allclose(orthogonalize(G, dtype=torch.float64), expected, atol=1e-10)
 
 
+@pytest.mark.parametrize("shape", [(6, 10), (10, 6), (3, 6, 10)])
+@pytest.mark.parametrize("again", [(), (3,), (1, 2, 3, 4)])
+def test_the_small_matrix_gives_the_same_update(shape, again):
+    from slm.muon_bench import turn_on_gram
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = turn_on_gram(G, [NEWTON_SCHULZ] * 5, torch.float64, again)
+    assert torch.allclose(found, orthogonalize(G, dtype=torch.float64), atol=1e-10)
+
+
+@pytest.mark.parametrize("lowest, rounds", [(0.001, 5), (0.01, 4), (0.1, 2), (0.5, 1)])
+def test_best_polynomials_touch_their_error_at_both_ends(lowest, rounds):
+    from slm.muon_bench import polar_express
+    sigma = torch.linspace(lowest, 1, 100_000, dtype=torch.float64)
+    for a, b, c in polar_express(lowest, rounds):
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
+    low, high = sigma.min().item(), sigma.max().item()
+    assert abs((1 - low) - (high - 1)) < 1e-4 and low > 0                                # as far below one as above it
+
+
+def test_stored_ways_of_muon_come_from_a_command():
+    from slm.muon_bench import turning_ways
+    stored = json.loads((RESULTS / "muon_rounds.json").read_text())
+    assert stored["command"].startswith("slm bench muon") and [row["who"] for row in stored["rows"]] == list(turning_ways())
+
+
+# -------------------------------------------------------------------------------------------------------------- the recipe
+def test_the_default_run_uses_the_recipe_that_was_searched_around():
+    from slm.recipe import RECIPE_GRID
+    from slm.stages import RUN_PRESETS
+    from slm.time_to_loss import OURS as recipe
+    for name, values in RECIPE_GRID:
+        assert getattr(RUN_PRESETS["story"].pretrain, name) == getattr(recipe, name) and getattr(recipe, name) in values
+    stored = json.loads((RESULTS / "recipe.json").read_text())
+    assert stored["command"].startswith("slm bench recipe") and len(stored["tries"]) >= 10
+
+
+# ----------------------------------------------------------------------------------------------------------- time to a loss
+def test_both_sides_learn_from_the_same_rows(letters):
+    """GPT-2 and ours: one text, one judge, sizes alike; the stored answer is what its curves say."""
+    from slm.time_to_loss import Pieces, crossing, points_of, race_shape, with_steps
+    pieces = Pieces(len(letters.alphabet), letters.train, letters.val[:500], 500)
+    shape = ModelConfig(vocab_size=pieces.vocab_size, context_length=32, n_layer=1, n_head=1, d_model=64, d_ff=128)
+    curves = {}
+    for side, optimizer in (("gpt2", "adamw"), ("slm", "muon")):
+        plan = with_steps(TrainConfig(batch_size=4, context_length=32, optimizer=optimizer, precision="float32", lr=3e-3), 60)
+        curves[side] = list(points_of(side, plan, shape, pieces, points=6))
+    for curve in curves.values():
+        assert curve[-1]["tokens"] == 60 * 4 * 32 and curve[-1]["val"] < curve[0]["val"] < math.log(pieces.vocab_size)
+    assert crossing(curves) is None or crossing(curves) > 0
+    assert race_shape(1024).d_model % 64 == 0
+
+
+def test_stored_time_to_loss_is_what_its_curves_say():
+    from slm.time_to_loss import crossing
+    stored = json.loads((RESULTS / "time_to_loss.json").read_text())
+    races = [race["curves"] for race in stored["races"].values()]
+    assert stored["command"].startswith("slm bench loss") and len(races) >= 3
+    best = min(row["val"] for name, row in stored["tries"].items() if name.startswith("gpt2"))
+    rates = {name for name in stored["tries"] if name.startswith("gpt2")}
+    assert len(rates) >= 5 and all(abs(race["gpt2"][-1]["val"] - best) < 0.1 for race in races)     # the tuned one raced
+    for race in races:
+        assert crossing(race) is None or crossing(race) * race["gpt2"][-1]["seconds"] <= race["slm"][-1]["seconds"]
+
+
 # --------------------------------------------------------------------------------------------------------------- the race
 def test_the_race_is_fair():
     ours, theirs = (count_parameters(shape(65))["total"] for shape in (our_shape, reference_shape))
@@ -77,6 +141,7 @@ def test_the_race_is_fair():
 
 def test_stored_race_keeps_its_promise():
     stored = json.loads((RESULTS / "shakespeare.json").read_text())
+    assert stored["command"].startswith("slm bench shakespeare")
     assert stored["letters"] == 1_115_394 and stored["ours"]["parameters"] <= stored["reference"]["parameters"]
     assert stored["ours"]["seconds"] <= 1.05 * stored["reference"]["seconds"] and stored["ours"]["val"] <= 1.65
 
@@ -113,7 +178,7 @@ def test_stored_ablation_is_complete():
     stored = json.loads((RESULTS / "ablation.json").read_text())
     names = set(variants(parse_axes(stored["axes"])))
     table = compare(list(stored["runs"].values()))
-    assert {row["variant"] for row in table} == names and all(row["runs"] >= 2 for row in table)
+    assert {row["variant"] for row in table} == names and all(row["runs"] == 3 for row in table)
 
 
 # ---------------------------------------------------------------------------------------------------------------- scaling
@@ -170,7 +235,8 @@ def test_numbers_of_runs():
 
 
 # ----------------------------------------------------------------------------------------------------------- command line
-@pytest.mark.parametrize("words", ["bench train", "bench shakespeare", "ablate", "scale", "doctor"])
+@pytest.mark.parametrize("words", ["bench train", "bench muon", "bench shakespeare", "bench loss",
+                                   "bench recipe", "ablate", "scale", "doctor"])
 def test_commands_explain_themselves(words):
     from slm.cli import app
     from slm.shell import run_words
@@ -179,7 +245,7 @@ def test_commands_explain_themselves(words):
 
 
 BAD = ["ablate norm=rmsnorm --text x.txt", "scale 16 20 --text x.txt", "doctor nowhere", "bench train --preset huge",
-       "bench shakespeare --text nowhere.txt", "ablate norm=rmsnorm,none"]
+       "bench muon --text nowhere.txt", "bench shakespeare --text nowhere.txt", "bench loss nowhere.txt", "ablate norm=rmsnorm,none"]
 
 
 @pytest.mark.parametrize("line", BAD)

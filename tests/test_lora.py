@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from slm.adapter_files import adapter_tensors, base_hash, load_adapter, read_adapter, save_adapter
 from slm.artifacts import ArtifactError, lineage
 from slm.config import PRESETS, ConfigError, ModelConfig, SLMError
 from slm.decode import generate_ids
@@ -14,17 +15,12 @@ from slm.folders import verify
 from slm.lora import (
     LoRAConfig,
     LoRAError,
-    adapter_tensors,
     adapters_off,
     add_lora,
-    base_hash,
     choose_layers,
-    load_adapter,
     lora_layers,
     lora_parameters,
     merge_lora,
-    read_adapter,
-    save_adapter,
     set_adapter,
 )
 from slm.model import TransformerLM
@@ -40,7 +36,8 @@ CONFIGS = {
     "biases": ModelConfig(**SMALL, bias=True, norm="layernorm", position="learned", ffn="gelu", tie_embeddings=False),
     "experts": ModelConfig(**SMALL, d_ff=32, n_expert=3, d_head=12, qk_norm=True),
 }
-VARIANTS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "one layer": {"targets": ("layers.1.attn.*",)}}
+VARIANTS = {"lora": {}, "rslora": {"rslora": True}, "dora": {"dora": True}, "one layer": {"targets": ("layers.1.attn.*",)},
+            "rows": {"special": (7, 1)}, "table": {"embeddings": "all"}}
 GELU = ("q_proj", "v_proj", "up_proj", "down_proj")
 
 
@@ -84,8 +81,13 @@ def test_merged_equals_unmerged_and_none_is_the_base(name, variant):
     with torch.no_grad():
         assert (model(ids) - base(ids)).abs().max() > 0.01
         assert (merged(ids) - model(ids)).abs().max() < 1e-4
+        assert torch.allclose(model.head_weight, merged.head_weight) and torch.equal(model.head_weight[:1], base.head_weight[:1]) == (
+            variant != "table")
+        losses = [lm_loss(m, {"ids": ids, "labels": ids_of(1)})[0].item() for m in (model, merged, base)]
+        assert abs(losses[0] - losses[1]) < 1e-2 < abs(losses[0] - losses[2])                 # the loss reads the head past `unembed`
         with adapters_off(model):
-            assert torch.equal(model(ids), base(ids))
+            assert torch.equal(model(ids), base(ids)) and model.head_weight is model.get_parameter(
+                "embed.weight" if model.head is None else "head.weight")
         assert torch.equal(set_adapter(model, None)(ids), base(ids))
     assert not lora_layers(merged) and merged.state_dict().keys() == base.state_dict().keys()
 
@@ -125,6 +127,25 @@ def test_gradients_agree_with_finite_differences(variant):
             assert abs((up - down) / (2 * h) - grad.view(-1)[i].item()) < 5e-3 + 2e-2 * abs(grad.view(-1)[i].item())
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_rows_move_where_they_should_and_nowhere_else(name):
+    base, ids = made(name), ids_of()
+    model = moved(add_lora(copy.deepcopy(base), settings(name, targets=("layers.1.attn.v_proj",), special=(7, 1))))
+    for key, t in adapter_tensors(model).items():
+        if key.endswith(".B"):
+            t.data.zero_()                                                                    # the rows alone
+    tables = [n for n in ("embed", "head") if getattr(base, n) is not None]
+    assert sorted(k for k in adapter_tensors(model) if k.endswith("delta")) == [f"{n}.delta" for n in tables]
+    merged = merge_lora(model).state_dict()
+    for key, t in base.state_dict().items():
+        changed = (t != merged[key]).reshape(len(t), -1).any(1).nonzero().flatten().tolist()
+        assert changed == ([1, 7] if key in [f"{n}.weight" for n in tables] else []), key
+    untouched = torch.tensor([[2, 3, 4, 5]])
+    others = [i for i in range(40) if i not in (1, 7)]
+    assert torch.equal(model(untouched)[..., others], base(untouched)[..., others])
+    assert not torch.equal(model(untouched)[..., [1, 7]], base(untouched)[..., [1, 7]]) and not torch.equal(model(ids), base(ids))
+
+
 def test_counts_follow_the_formula_for_every_preset():
     for name, config in PRESETS.items():
         with torch.device("meta"):
@@ -132,8 +153,11 @@ def test_counts_follow_the_formula_for_every_preset():
         expected = sum(7 * sum(part.weight.shape) for part in parts.values())
         assert lora_parameters(config, LoRAConfig(rank=7, targets=GELU)) == expected, name
     model = add_lora(made("experts"), LoRAConfig(rank=5, dora=True))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert trained == lora_parameters(CONFIGS["experts"], LoRAConfig(rank=5, dora=True))
+    trained = lambda m: sum(p.numel() for p in m.parameters() if p.requires_grad)
+    assert trained(model) == lora_parameters(CONFIGS["experts"], LoRAConfig(rank=5, dora=True))
+    for name in CONFIGS:
+        for more in ({"special": (3, 3, 0)}, {"embeddings": "all"}, {"embeddings": "none", "special": (3,)}):
+            assert trained(add_lora(made(name), settings(name, **more))) == lora_parameters(CONFIGS[name], settings(name, **more))
 
 
 def test_the_seed_decides_the_start_and_nothing_else():
@@ -190,6 +214,7 @@ def test_damaged_and_foreign_folders_are_explained(tmp_path):
     (lambda m: add_lora(m, LoRAConfig(targets=("q_prj",))), "no linear layer is called 'q_prj': choose among down_proj"),
     (lambda m: add_lora(m, LoRAConfig(targets=("head",))), "no linear layer is called 'head'"),
     (lambda m: add_lora(m, name="a.b"), "cannot be called 'a.b'"),
+    (lambda m: add_lora(m, LoRAConfig(special=(3, 40))), "ids from 3 to 40, but the model has 40 tokens"),
     (lambda m: add_lora(add_lora(m)), "has an adapter 'default' already"),
     (lambda m: set_adapter(m, "x"), "has no adapter 'x'"),
     (lambda m: merge_lora(m), "no adapter to merge"),
@@ -201,7 +226,8 @@ def test_mistakes_are_explained_in_one_sentence(call, words):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("rank", 0), ("rank", 2.5), ("alpha", 0.0), ("dropout", 1.0), ("targets", "q_proj"), ("seed", -1)])
+    ("rank", 0), ("rank", 2.5), ("alpha", 0.0), ("dropout", 1.0), ("targets", "q_proj"), ("seed", -1),
+    ("embeddings", "some"), ("special", (1.5,))])
 def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(ConfigError, match=field):
         LoRAConfig(**{field: value})

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from slm.adapter_files import adapter_tensors, load_adapter
 from slm.artifacts import ArtifactError, artifact_id, latest_checkpoint, lineage, save_checkpoint
 from slm.chat_mix import share_counts
 from slm.chat_rows import (
@@ -28,9 +29,10 @@ from slm.chats import ChatError, load_chats, load_pairs
 from slm.config import ModelConfig, to_dict
 from slm.dpo import DPOError, diagnose, dpo, dpo_loss, dpo_objective, inspect_pairs
 from slm.grpo import group_advantages, grpo_losses
+from slm.lora import LoRAConfig, merge_lora
 from slm.model import TransformerLM
 from slm.optim import TrainConfig
-from slm.preference_variants import ipo_loss, orpo_loss, simpo_loss
+from slm.preference_variants import by_base, ipo_loss, orpo_loss, simpo_loss
 from slm.preferences import (
     PreferenceData,
     PreferenceError,
@@ -300,6 +302,30 @@ def test_sft_learns_and_knows_its_base(tok, base, tmp_path):
         sft(base, build_sft([random_chat(0)], tok, 128), config, tmp_path / "other", quiet=True)
 
 
+def test_an_adapter_learns_to_end_with_the_rows_of_the_marks(tok, tmp_path):
+    """A base that has met words alone: whoever freezes the row of <|end|> can hardly ever say it."""
+    words = lambda step: np.random.default_rng(step).choice(WORDS.split(), (16, 40))
+    text = lambda step: torch.tensor([tok.encode(" ".join(row))[:33] for row in words(step)])
+    model, config = make_model(tok), replace(CONFIG, steps=60, lr=3e-3, muon_lr=0.02)
+    train(model, lambda step: {"ids": text(step)[:, :-1], "labels": text(step)[:, 1:]}, lm_loss, config, tmp_path / "words", quiet=True)
+    tok.save(tmp_path / "tokenizer.json")
+    base = save_checkpoint(tmp_path / "base", 0, model.state_dict(), {}, {"model_config": to_dict(model.config)},
+                           files={"tokenizer.json": tmp_path / "tokenizer.json"})
+    data, end = build_sft([random_chat(seed) for seed in range(40)], tok, 64), tok.special_id("<|end|>")
+    ids, labels, doc_ids = (torch.from_numpy(array).long() for array in data.arrays.values())
+    chance = {}
+    for which in ("none", "special"):
+        sft(base, data, config, tmp_path / which, lora=LoRAConfig(rank=4, embeddings=which), quiet=True)
+        merged = load_model(tmp_path / which)[0]
+        chance[which] = merged(ids, doc_ids=doc_ids).softmax(-1)[..., end][labels == end].mean().item()
+        again = load_model(base)[0]
+        load_adapter(tmp_path / which / "adapter", again)
+        assert all(torch.equal(t, merged.state_dict()[name]) for name, t in merge_lora(again).state_dict().items())
+    moved = (merged.embed.weight != model.embed.weight).any(1).nonzero().flatten().tolist()
+    assert set(moved) <= set(tok.special_tokens.values()) and end in moved
+    assert chance["special"] > 3 * chance["none"], chance
+
+
 # ------------------------------------------------------------------------------------------------------------------ DPO
 THINGS = {"snow": "white", "coal": "black", "grass": "green", "sky": "blue"}
 PAIRS = [{"prompt": [turn("user", f"{ask} {thing}")], "chosen": f"{thing} {colour}", "rejected": f"{thing} red red red" if n % 2 else "red"}
@@ -391,6 +417,18 @@ def test_micro_batches_give_the_same_gradient(tok, known):
         grads.append([record["loss"], record["margin"], *(p.grad for p in model.parameters())])
     assert grads[0][:2] == pytest.approx(grads[1][:2], rel=1e-4)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(grads[0][2:], grads[1][2:], strict=True))
+
+
+def test_the_base_under_an_adapter_is_the_reference_rows_included(tok, known, base, tmp_path):
+    done = dpo(base, known, replace(CONFIG, lr=1e-2, muon_lr=1e-2), tmp_path / "run", lora=LoRAConfig(rank=4), reference="base", quiet=True)
+    first = read_log(tmp_path / "run")[0]
+    assert first["margin"] == 0 and first["dpo_loss"] == pytest.approx(math.log(2), abs=1e-6) and done["margin"] > 0.1
+    model, plain = load_model(base)[0], load_model(base)[0]
+    load_adapter(tmp_path / "run" / "adapter", model)
+    assert adapter_tensors(model)["embed.delta"].abs().max() > 1e-3
+    batch = known.batch(0, 0, 8)
+    assert torch.equal(by_base(model, batch), pair_logprobs(plain, batch))
+    assert (pair_logprobs(model, batch) - by_base(model, batch)).abs().max() > 0.1
 
 
 def test_preference_batches_are_pure_and_bucketed(known):

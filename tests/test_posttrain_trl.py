@@ -130,9 +130,12 @@ def moved(params: list, direction: list, step: float) -> None:
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "orpo"])
 def test_gradient_of_the_weights_against_finite_differences(ours, loss):
-    """The slope along random directions in the space of all weights; two step sizes, extrapolated to none (Richardson)."""
+    """The slope along random directions in the space of all weights; two step sizes, extrapolated to none (Richardson).
+
+    In float64: on some processors the rounding of float32 is larger than what is measured.
+    """
     policy, data, _, _ = ours
-    model, batch = copy.deepcopy(policy), pair_rows(data, range(len(data)))
+    model, batch = copy.deepcopy(policy).double(), pair_rows(data, range(len(data)))
     objective, params = preference_objective(loss, beta=0.5), list(model.parameters())
     of = lambda: objective(model, batch)[0] / len(data)
     gradient = torch.autograd.grad(of(), params)
@@ -140,7 +143,7 @@ def test_gradient_of_the_weights_against_finite_differences(ours, loss):
         torch.manual_seed(seed)
         direction, found = [torch.randn_like(p) for p in params], []
         slope = sum((g * d).sum() for g, d in zip(gradient, direction, strict=True)).item()
-        for step in (4e-4, 2e-4):
+        for step in (8e-4, 4e-4):
             moved(params, direction, step)
             ahead = of().item()
             moved(params, direction, -2 * step)

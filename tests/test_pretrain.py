@@ -20,7 +20,7 @@ import torch
 from slm.artifacts import ArtifactError, load_checkpoint
 from slm.config import ModelConfig, override, rng, seed_everything
 from slm.model import TransformerLM
-from slm.optim import TrainConfig, build_optimizer, load_optimizer_tensors, optimizer_tensors
+from slm.optim import AdamW, TrainConfig, build_optimizer, load_optimizer_tensors, optimizer_tensors
 from slm.pretrain import Run, begin, bits_per_byte, load_model, read_log, resume, save, train
 from slm.steps import Interrupted, TrainingError, accumulate, lm_loss, set_rng_state, training_step
 
@@ -162,6 +162,22 @@ def test_interrupted_equals_uninterrupted(tmp_path, reference, moments):
     for when in moments:
         with pytest.raises(RuntimeError, match="boom"):
             go(tmp_path / "run", on_step=stop_at(when, boom))
+    go(tmp_path / "run")
+    assert same(everything(tmp_path / "run"), reference)
+
+
+def test_interrupted_inside_an_accumulation(tmp_path, reference):
+    """The second part of step 7 fails: what the first part left in the gradients is not taken up again."""
+    parts = []
+
+    def torn(model, part):
+        parts.append(part)
+        if len(parts) == 2 * 7:
+            boom()
+        return lm_loss(model, part)
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "run", loss_fn=torn)
+    assert len(read_log(tmp_path / "run")) == 6 and len(parts[-1]["ids"]) == 2
     go(tmp_path / "run")
     assert same(everything(tmp_path / "run"), reference)
 
@@ -522,3 +538,63 @@ def test_a_checkpoint_older_than_a_setting_goes_on(tmp_path, reference):
         del found.state[name]
     run = resume(Run(fresh(), batch_at, CONFIG, tmp_path / "run", {}, {}, {}, "test", True), found)
     assert run.step == 4 and run.struck == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not any(Path(folder, "c++").exists() for folder in os.get_exec_path()), reason="compiling needs a C++ compiler")
+def test_compiled_layers_give_the_gradient_of_plain_ones():
+    """To 1e-4 of its norm in float32 (sums in another order), to three hundredths where products are bfloat16."""
+    from slm.speed import compile_layers
+
+    def gradient(model, precision):
+        model.zero_grad()
+        accumulate(model, batch_at(0), lm_loss, override(CONFIG, [f"precision={precision}"]))
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+    model = TransformerLM(override(TINY, ["dropout=0.0"]))
+    plain = {precision: gradient(model, precision) for precision in ("float32", "bfloat16")}
+    assert compile_layers(model, lambda: gradient(model, "float32"), lambda line: None)
+    for precision, limit in (("float32", 1e-4), ("bfloat16", 3e-2)):
+        error = (gradient(model, precision) - plain[precision]).norm() / plain[precision].norm()
+        assert 0 < error < limit, (precision, error)
+
+
+# ------------------------------------------------------------------------------------------------------- the fused optimizer
+def adamw_after(steps, fused, state=None, weights=None, begin=0):
+    """Model and optimizer after some steps of AdamW, from a saved state on where there is one."""
+    config = override(CONFIG, ["optimizer=adamw", "precision=float32"])
+    model = fresh().eval()
+    if weights:
+        model.load_state_dict(weights)
+    opt = build_optimizer(model, config)
+    for part in opt.parts:
+        part.fused = fused
+    if state:
+        load_optimizer_tensors(opt, state)
+    for step in range(begin, begin + steps):
+        training_step(model, opt, batch_at(step), lm_loss, config, step)
+    return model, opt
+
+
+@pytest.mark.parametrize("first, second", [(None, True), (True, None), (True, True)])
+def test_fused_adamw_is_the_same_rule_and_takes_up_the_other_ones_state(first, second):
+    model, opt = adamw_after(8, first)
+    model, opt = adamw_after(6, second, optimizer_tensors(opt), model.state_dict(), 8)
+    plain, other = adamw_after(14, None)
+    for name, t in plain.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], t, rtol=1e-5, atol=1e-6)
+    for name, t in other.tensors().items():
+        assert opt.tensors()[name].dtype == t.dtype
+        torch.testing.assert_close(opt.tensors()[name], t, rtol=1e-4, atol=1e-7)
+
+
+def test_the_fused_kernel_is_for_cuda_devices_and_changes_no_bit_here(monkeypatch):
+    class OnCuda(torch.Tensor):                                                             # says that it is there
+        device = property(lambda self: torch.device("cuda", 0))
+    calls = []
+    monkeypatch.setattr("slm.optim.fused_adamw", lambda opt, names, lr: calls.append(names))
+    adamw_after(2, None)
+    assert calls == []
+    far = torch.zeros(3).as_subclass(OnCuda)
+    far.grad = torch.ones(3)
+    AdamW({"w": far}).step()
+    assert calls == [["w"]]

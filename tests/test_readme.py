@@ -1,11 +1,15 @@
 """The README tells the truth: its commands exist, its links lead somewhere, its figures are those of the stored report."""
 import json
+import math
 import re
 from pathlib import Path
+from statistics import median
 
 import nbformat
 import pytest
 from typer.testing import CliRunner
+
+from slm.time_to_loss import crossing
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -35,6 +39,22 @@ def test_figures_are_those_of_the_report():
         assert f"{100 * judge[model]['overall']:.0f} %" in README
     assert f"{REPORT['parameters']:,}" in README
     assert f"{sum(REPORT['seconds'].values()) / 60:.1f} in all" in README
+
+
+def test_speeds_are_those_of_the_stored_benches():
+    stored = lambda name: json.loads((ROOT / "nbs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    speeds = stored("decode")["tokens_per_second"]
+    one, eight = (speeds["slm int8, compiled"][at] / speeds["llama.cpp Q8_0"][at] for at in ("batch 1", "batch 8"))
+    assert f"{one:.1f} times as fast as llama.cpp's Q8_0 for one text and {eight:.1f} times for eight" in README
+    training = [row for row in stored("tokenizer_bench") if row["task"] == "train" and row["who"] in ("slm numba", "tokenizers")]
+    seconds = {(row["who"], row["vocab_size"]): row["seconds"] for row in training}
+    times = [seconds["tokenizers", size] / seconds["slm numba", size] for size in (4096, 32000)]
+    assert all(row["same"] for row in training) and f"BPE training {min(times):.0f} to {max(times):.0f} times as fast" in README
+    file = next(row for row in stored("encoder_10mb") if row["task"] == "file" and row["text"] == "as given")
+    assert file["same"] and f"encoding a cold file {file['ratio']:.0f} times as fast as tiktoken" in README
+    shares = [crossing(race["curves"]) or math.inf for race in stored("time_to_loss")["races"].values()]
+    assert len(shares) == 3 and 0.2 < median(shares) < 0.3
+    assert "a tuned GPT-2's final loss in about a quarter of its processor time" in README
 
 
 def test_the_report_holds_what_was_promised():

@@ -6,9 +6,10 @@
 | R4 | test_pretrain.py, and here 100 kills |
 | R5 | here, slow: power loss on a loop device; skipped where there is none |
 | R6 R7 R8 R9 R10 R11 R12 R13 R14 | here: flushing, damage, missing files, full disk, read-only, two writers, signals, clocks |
-| R15 R16 | test_pretrain.py: out of memory; nan and spikes |
-| R17 | here: shards of a pack |
-| R18 | test_pretrain.py: another config, model, parent or data is refused by name |
+| R15 | here: a real limit on memory; test_pretrain.py: the parts are halved, and a resumed run keeps them |
+| R16 | test_pretrain.py: nan and spikes |
+| R17 | here: shards of a pack, ids outside the vocabulary |
+| R18 | test_pretrain.py: another config, model, parent or data is refused by name; here: and allowed with a word |
 | R19 R20 R21 | here: nonsense in a config; rotation; a reader while saving |
 | R22 | test_distributed.py |
 | R23 | here: files that would run code, or lead outside |
@@ -22,6 +23,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -34,6 +36,7 @@ from test_pretrain import CONFIG, batch_at, boom, everything, forker, fresh, go,
 from slm.artifacts import ArtifactError, latest_checkpoint, load_checkpoint, rotate, save_checkpoint, step_folders
 from slm.config import ConfigError, ModelConfig, from_dict, override, rng
 from slm.data import Pack, open_source, write_corpus, write_pack
+from slm.model import ModelError
 from slm.optim import TrainConfig
 from slm.pretrain import load_model, read_log
 from slm.steps import TrainingError, append_log
@@ -102,8 +105,55 @@ def test_r13_signals_at_random_moments(forker, tmp_path):  # noqa: F811
     count("R13 SIGINT and SIGTERM at random moments", passed, 20)
 
 
+TWINS = """
+import os, signal, sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import test_pretrain as t
+
+def child(folder, moment, hold):
+    pid = os.fork()
+    if pid: return pid
+    time.sleep(max(0.0, moment - time.time()))
+    try:
+        t.go(folder, on_step=t.stop_at(2, lambda: time.sleep(60) if hold else None))
+        os._exit(0)
+    except t.ArtifactError as error:
+        Path(f"{folder}.refused").write_text(str(error))
+        os._exit(7)
+    except BaseException as error:
+        Path(f"{folder}.broken").write_text(repr(error))
+        os._exit(9)
+
+for i in range(int(sys.argv[3])):
+    folder = f"{sys.argv[2]}/{i}"
+    pair = {child(folder, time.time() + 0.05, True) for _ in range(2)}
+    loser, status = os.wait()
+    winner, = pair - {loser}
+    said = Path(f"{folder}.refused")
+    named = said.exists() and str(winner) in said.read_text()
+    os.kill(winner, signal.SIGKILL)
+    os.waitpid(winner, 0)
+    again = os.waitstatus_to_exitcode(os.waitpid(child(folder, 0, False), 0)[1])
+    print(os.waitstatus_to_exitcode(status), named, again, flush=True)
+"""
+
+
 @pytest.mark.parametrize("tries", [pytest.param(20, marks=pytest.mark.slow), 3])
-def test_r12_of_two_that_start_together_one_runs(tmp_path, tries):
+def test_r12_of_two_processes_one_runs_and_a_killed_one_leaves_no_lock(tmp_path, tries):
+    """Two processes begin at one moment: one is refused and names the other's number; that one is killed, and the next start succeeds."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    line = [sys.executable, "-c", TWINS, str(Path(__file__).parent), str(tmp_path), str(tries)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120 + 10 * tries)
+    assert done.returncode == 0, done.stderr[-2000:]
+    passed = done.stdout.splitlines().count("7 True 0")
+    count("R12 two processes in one folder", passed, tries) if tries == 20 else None
+    assert passed == tries, done.stdout
+
+
+@pytest.mark.parametrize("tries", [pytest.param(20, marks=pytest.mark.slow), 3])
+def test_r12_of_two_threads_one_runs(tmp_path, tries):
     from slm.artifacts import run_lock
     passed = 0
     for i in range(tries):
@@ -247,6 +297,24 @@ def test_r10_a_log_that_cannot_be_written_does_not_stop_a_run(tmp_path, capsys):
 
 
 @ROOT_ONLY
+def test_r10_a_checkpoint_that_does_not_fit_is_tried_again(tmp_path, capsys):
+    """Without mount rights: for a while a limit on the size of files (RLIMIT_FSIZE) stops the system in the middle of one."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def cramp(step):
+        if step in (5, 10):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]) if step == 5 else before)
+    try:
+        go(tmp_path / "run", on_step=cramp, quiet=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "step 8 is not saved, training goes on" in capsys.readouterr().out
+    assert [step for step, _ in step_folders(tmp_path / "run")] == [12, 14] and not list((tmp_path / "run").glob(".tmp*"))
+    go(tmp_path / "whole")
+    assert same(everything(tmp_path / "run"), everything(tmp_path / "whole"))
+
+
 def test_r11_a_read_only_folder_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "ro").mkdir()
     mounted("--bind", tmp_path / "ro", tmp_path / "ro")
@@ -263,8 +331,20 @@ def test_r14_clocks_do_not_matter(saved):
         for path in (saved.with_name(name), *saved.with_name(name).iterdir()):
             os.utime(path, (year, year))
     assert latest_checkpoint(saved.parent) == saved
-    records = [r["tokens_per_second"] for r in read_log(saved.parent)]
-    assert all(speed > 0 for speed in records)
+
+
+def test_r14_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    """The clock on the wall goes back by a day in the middle of a run: no negative speed, saving by seconds goes on, the same bits."""
+    import time
+    shift, clock = [0.0], time.time
+    monkeypatch.setattr(time, "time", lambda: clock() + shift[0])
+    config = override(CONFIG, ["save_every=null", "save_seconds=0.0"])
+    go(tmp_path / "run", config, on_step=stop_at(5, lambda: shift.__setitem__(0, -86400.0)))
+    records = read_log(tmp_path / "run")
+    assert len(records) == CONFIG.steps and all(0 < r["tokens_per_second"] < 1e9 for r in records)
+    assert [step for step, _ in step_folders(tmp_path / "run")] == [13, 14] and load_model(tmp_path / "run")[1].state["seconds"] < 3600
+    go(tmp_path / "whole", config)
+    assert same(everything(tmp_path / "run"), everything(tmp_path / "whole"))
 
 
 # ------------------------------------------------------------------------------------------------------- R17: the data
@@ -284,7 +364,67 @@ def test_r17_damaged_packs_are_refused_by_name(tmp_path):
     with pytest.raises(ArtifactError, match="train-00000.bin is missing"):
         Pack(tmp_path / "pack")
     shard.write_bytes(data)
+    (tmp_path / "pack" / "train-00001.bin").write_bytes(data)                # a stranger beside it is no part of the pack
+    assert len(Pack(tmp_path / "pack").tokens("train")) == 1
     assert Pack(tmp_path / "pack").batch("train", 0, 0, 2, 16)["ids"].shape == (2, 16)
+
+
+def test_r17_ids_outside_the_vocabulary_are_a_sentence_and_not_a_crash(tmp_path):
+    """A pack whose seal fits, but whose ids no model of its vocabulary has: the first step refuses them with their numbers."""
+    too_large = lambda step: batch_at(step) | {"ids": batch_at(step)["ids"] + 9 * (step == 2)}
+    with pytest.raises(ModelError, match="ids run from .* but the model's vocabulary has 64"):
+        go(tmp_path / "run", batch_at=too_large)
+
+
+# ------------------------------------------------------------------------------------------- R15, R18: memory, and another run
+HUNGRY = """
+import resource, sys
+sys.path.insert(0, sys.argv[1])
+import test_pretrain as t
+import slm.runs
+model, rows = t.TransformerLM(t.override(t.TINY, ["context_length=512", "d_ff=4096"])), 64
+batch_at = lambda step: {"ids": t.torch.ones(rows, 512, dtype=t.torch.int64), "labels": t.torch.ones(rows, 512, dtype=t.torch.int64)}
+config = t.override(t.CONFIG, ["steps=2", "micro_batch_size=null", "warmup_steps=0", "context_length=512"])
+slm.runs.first_micro_batch = lambda model, config, *more: config.micro_batch_size     # the look ahead is not what is tested here
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv[3]) * 2**20,) * 2)
+t.train(model, batch_at, t.lm_loss, config, sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_r15_a_real_limit_on_memory(tmp_path):
+    """RLIMIT_AS: where there is room for less, the parts are halved until they fit; the run ends, and says what it did."""
+    done = subprocess.run([sys.executable, "-c", HUNGRY, str(Path(__file__).parent), str(tmp_path / "run"), "900"],
+                          capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "64 rows at once do not fit into memory: 32 from now on" in done.stdout
+    assert load_model(tmp_path / "run")[1].state["step"] == 2 and load_model(tmp_path / "run")[1].state["micro"] <= 32
+
+
+@pytest.mark.parametrize("name, change", [("config.seed", "seed=5"), ("config.lr", "lr=0.001"),
+                                          ("config.context_length", "context_length=8")])
+def test_r18_another_run_only_with_a_word(tmp_path, name, change):
+    """Refused by the name of the field; with that name in `allow` the run goes on with the new value."""
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "run", on_step=stop_at(5, boom))
+    other = override(CONFIG, [change])
+    with pytest.raises(TrainingError, match=name):
+        go(tmp_path / "run", other)
+    with pytest.raises(TrainingError, match=name):
+        go(tmp_path / "run", override(other, ["allow=[data]"]))
+    go(tmp_path / "run", override(other, [f"allow=[{name}]"]))
+    assert load_model(tmp_path / "run")[1].state["step"] == 14
+
+
+def test_r18_other_data_only_with_a_word(tmp_path):
+    with pytest.raises(RuntimeError, match="boom"):
+        go(tmp_path / "run", on_step=stop_at(5, boom))
+    other = lambda step: batch_at(step, seed=3)
+    with pytest.raises(TrainingError, match="other data"):
+        go(tmp_path / "run", batch_at=other)
+    go(tmp_path / "run", override(CONFIG, ["allow=[data]"]), batch_at=other)
+    assert load_model(tmp_path / "run")[1].state["step"] == 14
 
 
 # ------------------------------------------------------------------------------------------------- R19: nonsense in a config
@@ -374,6 +514,33 @@ def test_r23_files_that_would_run_code_or_lead_outside(saved, tmp_path, monkeypa
     with pytest.raises(ArtifactError, match="outside its folder"):
         load_checkpoint(saved)
     assert not (tmp_path / "exploded").exists()
+
+
+def test_r23_an_array_of_objects_is_not_unpacked(tmp_path, monkeypatch):
+    import numpy as np
+
+    from slm.packing import read_part
+    monkeypatch.chdir(tmp_path)
+    np.save("part.npy", np.array([Bomb()], dtype=object))
+    with pytest.raises(ValueError, match="[Oo]bject arrays cannot be loaded"):
+        read_part("part.npy")
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_r18_another_tokenizer_is_refused(tmp_path):
+    """Of the same size: its ids would be other words."""
+    from slm.config import SLMError
+    from slm.make import pack_and_tokenizer
+    texts = [f"The fox saw {n} birds and went home." for n in range(60)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    own, other = (BPETokenizer.train(lines, vocab_size=270) for lines in (texts, [text[::-1] for text in texts]))
+    write_corpus(open_source(str(tmp_path / "texts.jsonl")), tmp_path / "corpus", val_fraction=0.2)
+    write_pack(tmp_path / "corpus", own, tmp_path / "pack", progress=False)
+    for name, tok in (("own", own), ("other", other)):
+        tok.save(tmp_path / f"{name}.json")
+    assert pack_and_tokenizer(tmp_path / "pack", tmp_path / "own.json")[1].hash == own.hash and own.vocab_size == other.vocab_size
+    with pytest.raises(SLMError, match="was not written with the tokenizer"):
+        pack_and_tokenizer(tmp_path / "pack", tmp_path / "other.json")
 
 
 OLD = Path(__file__).parent / "old_run"

@@ -4,17 +4,20 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import subprocess
+import sys
+from functools import partial
 
+import babbler
 import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from slm.config import ModelConfig, SLMError
+from slm.config import SLMError
 from slm.int4 import INT4_KERNELS, dequantize_int4, quantize_int4
 from slm.int8 import INT8_KERNELS, dequantize_tensor, quantize_tensor
-from slm.model import TransformerLM
 from slm.quantize import open_model, quantize_model, quantized_from_state, save_model, size_bytes, use_kernel, weight_kind
 from slm.sample import (
     LM,
@@ -41,22 +44,9 @@ from slm.sample import (
 from slm.search import beam_search, best_of, mean_logprobs
 from slm.tokenizer import SPECIAL_TOKENS, BPETokenizer
 
-SHAPES = {
-    "llama": dict(n_kv_head=2), "mqa": dict(n_kv_head=1, qk_norm=True), "alibi": dict(position="alibi"), "tied": dict(tie_embeddings=True),
-    "learned": dict(position="learned", norm="layernorm", ffn="gelu", bias=True), "window": dict(sliding_window=8),
-    "none": dict(position="none", norm_position="post"), "softcap": dict(logit_softcap=20.0, dropout=0.3),
-}
+SHAPES = {**babbler.SHAPES, "softcap": dict(logit_softcap=20.0, dropout=0.3)}
 TEXT = "Once upon a time a small fox met a duck by the pond. The duck said: let us go home! They went home — and slept. " * 30
-
-
-def babbler(vocab_size: int = 96, **shape) -> TransformerLM:
-    """A random model whose scores are turned up until it has preferences."""
-    torch.manual_seed(0)
-    usual = dict(vocab_size=vocab_size, context_length=64, n_layer=2, n_head=4, d_model=32, tie_embeddings=False)
-    model = TransformerLM(ModelConfig(**{**usual, **shape})).eval()
-    with torch.no_grad():
-        (model.embed if model.head is None else model.head).weight.mul_(20 if model.head is None else 3)
-    return model
+babble = partial(babbler.babbler, vocab_size=96, context_length=64)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +56,7 @@ def tok():
 
 @pytest.fixture(scope="module")
 def lm(tok):
-    return LM(babbler(tok.vocab_size, context_length=128), tok)
+    return LM(babble(vocab_size=tok.vocab_size, context_length=128), tok)
 
 
 def random_prompts(n: int, vocab_size: int, longest: int, seed: int = 0) -> list[list[int]]:
@@ -121,7 +111,7 @@ def test_temperature_by_definition(scores, temperature):
     assert found == pytest.approx(probabilities([s / temperature for s in scores]), abs=1e-9)
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-30, 1e-6])
+@pytest.mark.parametrize("temperature", [0.0, 5e-324, 1e-113, 1e-30, 1e-6])
 def test_cold_is_greedy_and_finite(temperature):
     scores = torch.tensor([[3e4, -3e4, 3.1e4], [0.0, 2.0, 1.0]])
     shaped = apply_temperature(scores, temperature)
@@ -178,7 +168,7 @@ def test_no_ngram_twice_by_definition(ids, n):
 
 def test_no_ngram_occurs_twice_in_an_answer():
     for seed in range(5):
-        ids = generate_ids(babbler(), [[0]], Sampling(no_repeat_ngram=2, temperature=0.3, max_new_tokens=50), seeds=[seed])[0]
+        ids = generate_ids(babble(), [[0]], Sampling(no_repeat_ngram=2, temperature=0.3, max_new_tokens=50), seeds=[seed])[0]
         grams = list(zip([0, *ids], ids, strict=False))
         assert len(set(grams)) == len(grams)
 
@@ -218,14 +208,14 @@ HOW = {"greedy": Sampling(temperature=0, max_new_tokens=20), "plain": Sampling(m
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("how", HOW)
 def test_batch_with_cache_writes_what_the_naive_loop_writes(shape, how):
-    model, prompts, stops = babbler(**SHAPES[shape]), random_prompts(6, 96, 30), (0, 7, 19, 42)
+    model, prompts, stops = babble(**SHAPES[shape]), random_prompts(6, 96, 30), (0, 7, 19, 42)
     naive = [generate_naive(model, p, HOW[how], stops, seed=i) for i, p in enumerate(prompts)]
     assert generate_ids(model, prompts, HOW[how], stops) == naive
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
 def test_text_does_not_depend_on_neighbours_or_batch_size(batch_size):
-    model, prompts = babbler(), random_prompts(9, 96, 50, seed=3)
+    model, prompts = babble(), random_prompts(9, 96, 50, seed=3)
     alone = [generate_ids(model, [p], Sampling(), (0, 9), seeds=[100 + i])[0] for i, p in enumerate(prompts)]
     order = np.random.default_rng(batch_size).permutation(9)
     seeds = [100 + int(i) for i in order]
@@ -235,7 +225,7 @@ def test_text_does_not_depend_on_neighbours_or_batch_size(batch_size):
 
 @pytest.mark.parametrize("shape", ["llama", "learned"])
 def test_context_is_filled_to_the_last_place_and_no_further(shape):
-    model = babbler(**SHAPES[shape])
+    model = babble(**SHAPES[shape])
     prompts = [[5] * n for n in (63, 60, 1, 30)]
     assert [len(ids) for ids in generate_ids(model, prompts, Sampling())] == [1, 4, 63, 34]
     stops = tuple(range(0, 96, 2))                        # ended rows idle beside a long one, up to the end of the context
@@ -244,13 +234,13 @@ def test_context_is_filled_to_the_last_place_and_no_further(shape):
 
 
 def test_longer_answers_begin_with_shorter_ones():
-    model = babbler()
+    model = babble()
     long, short = (generate_ids(model, [[0, 4]], Sampling(max_new_tokens=n, seed=5))[0] for n in (40, 10))
     assert long[:10] == short
 
 
 def test_sampling_leaves_training_and_torch_random_numbers_alone():
-    model = babbler(dropout=0.5).train()
+    model = babble(dropout=0.5).train()
     state = torch.get_rng_state()
     first = generate_ids(model, [[0, 4]], Sampling(max_new_tokens=8))
     assert model.training and torch.equal(state, torch.get_rng_state()) and all(p.grad is None for p in model.parameters())
@@ -259,11 +249,11 @@ def test_sampling_leaves_training_and_torch_random_numbers_alone():
 
 def test_ids_beyond_the_tokenizer_are_never_chosen():
     hot = Sampling(temperature=50.0, max_new_tokens=60, top_k=30)
-    assert max(generate_ids(babbler(), [[0]], hot, n_vocab=10)[0]) < 10
+    assert max(generate_ids(babble(), [[0]], hot, n_vocab=10)[0]) < 10
 
 
 def test_no_prompts_give_no_answers():
-    assert generate_ids(babbler(), []) == []
+    assert generate_ids(babble(), []) == []
 
 
 # ------------------------------------------------------------------------------------------------------------------- text
@@ -386,10 +376,18 @@ def test_rounding_moves_no_weight_by_more_than_half_a_step(rows, group, groups, 
     assert torch.equal(quantize_tensor(back, bits, group)[0], q)
 
 
+def test_loading_a_quantised_model_does_not_import_the_compiler(lm, tmp_path):
+    """Importing it takes seconds, many times as long as the loading."""
+    lm.quantize("int8").save(tmp_path / "int8")
+    code = f"import sys, slm; slm.load({str(tmp_path / 'int8')!r}).generate('A', max_new_tokens=3); print('torch._dynamo' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("kind", "group_size"), [("int8", None), ("int8", 8), ("int4", None), ("int4", 12)])
 def test_quantised_save_load_is_bit_exact(shape, kind, group_size, tmp_path):
-    model = quantize_model(babbler(**SHAPES[shape]), kind, group_size=group_size)
+    model = quantize_model(babble(**SHAPES[shape]), kind, group_size=group_size)
     again, saved = open_model(save_model(tmp_path / kind, model))
     assert weight_kind(again) == saved.state["quantization"] == kind
     read = again.state_dict()
@@ -400,7 +398,7 @@ def test_quantised_save_load_is_bit_exact(shape, kind, group_size, tmp_path):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int8_batch_writes_what_its_naive_loop_writes(shape):
-    model, prompts = quantize_model(babbler(**SHAPES[shape])), random_prompts(5, 96, 30)
+    model, prompts = quantize_model(babble(**SHAPES[shape])), random_prompts(5, 96, 30)
     for kernel in ("naive", "scaled"):
         use_kernel(model, kernel)
         naive = [generate_naive(model, p, HOW["plain"], (0,), seed=i) for i, p in enumerate(prompts)]
@@ -409,7 +407,7 @@ def test_int8_batch_writes_what_its_naive_loop_writes(shape):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_int4_batch_writes_what_its_naive_loop_writes(shape):
-    model, prompts = quantize_model(babbler(**SHAPES[shape]), "int4"), random_prompts(5, 96, 30)
+    model, prompts = quantize_model(babble(**SHAPES[shape]), "int4"), random_prompts(5, 96, 30)
     naive = [generate_naive(model, p, HOW["plain"], (0,), seed=i) for i, p in enumerate(prompts)]
     assert generate_ids(model, prompts, HOW["plain"], (0,)) == naive
 
@@ -427,7 +425,7 @@ def test_int4_is_the_grid_of_fifteen_places(rows, k, group, seed):
 
 
 def test_int4_never_holds_a_float_copy_and_its_fast_product_agrees():
-    model, ids = babbler(vocab_size=512, d_model=128), torch.arange(40)[None]
+    model, ids = babble(vocab_size=512, d_model=128), torch.arange(40)[None]
     int4 = quantize_model(model, "int4")
     assert size_bytes(int4) < 0.16 * size_bytes(model)
     assert not any(t.dtype == torch.float32 and t.dim() == 2 for t in int4.state_dict().values())
@@ -437,7 +435,7 @@ def test_int4_never_holds_a_float_copy_and_its_fast_product_agrees():
 
 
 def test_int8_kernels_agree():
-    model, ids = quantize_model(babbler()), torch.arange(40)[None]
+    model, ids = quantize_model(babble()), torch.arange(40)[None]
     with torch.inference_mode():
         found = {kernel: use_kernel(model, kernel)(ids) for kernel in INT8_KERNELS}
     assert torch.allclose(found["scaled"], found["naive"], atol=1e-4)
@@ -445,7 +443,7 @@ def test_int8_kernels_agree():
 
 
 def test_int8_leaves_the_float_model_alone_and_is_small():
-    model = babbler(d_model=128, vocab_size=512)
+    model = babble(d_model=128, vocab_size=512)
     before = {name: t.clone() for name, t in model.state_dict().items()}
     int8 = quantize_model(model)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
@@ -487,7 +485,7 @@ def test_errors_are_one_sentence(lm, tmp_path):
 
 
 def test_broken_weights_are_named(tok):
-    model = babbler(tok.vocab_size)
+    model = babble(vocab_size=tok.vocab_size)
     with torch.no_grad():
         model.layers[0].ffn.down_proj.weight[0, 0] = math.nan
     with pytest.raises(SLMError, match="nan"):
@@ -522,7 +520,7 @@ def test_weights_of_another_model_are_refused(lm, tmp_path):
 @pytest.mark.parametrize("seed", range(4))
 def test_beam_search_against_every_answer(seed):
     """A vocabulary of four, at most four tokens: with room for all beginnings the search finds the very best answers, in order."""
-    model = babbler(vocab_size=4, n_layer=1)
+    model = babble(vocab_size=4, n_layer=1)
     prompt = random_prompts(1, 4, 4, seed)[0]
     answers = [a for n in range(5) for a in itertools.product((1, 2, 3), repeat=n)]
     whole = {a: [*prompt, *a, *([0] if len(a) < 4 else [])] for a in answers}              # shorter ones end with the stop token

@@ -194,6 +194,14 @@ def test_other_paths_speak_the_same_language(server):
     assert httpx.get(server.url + "/docs").text.count("<h2>") == 7 and httpx.get(server.url + "/openapi.json").json()["openapi"] == "3.1.0"
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"])
+@pytest.mark.parametrize("value", [5e-324, 1e-113, 1.1754943508222875e-38])
+def test_numbers_too_small_for_float32(server, name, value):
+    answer = post(server.url, {"prompt": "Mia", "seed": 1, "max_tokens": 5, "temperature": 1.0, name: value})
+    refused = name == "repetition_penalty"
+    assert answer.status_code == (422 if refused else 200), answer.text
+
+
 # ------------------------------------------------------------------------------------------------------ the document holds
 def schemathesis(url: str, examples: int) -> subprocess.CompletedProcess:
     words = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run", url + "/openapi.json", "--url", url,
