@@ -175,8 +175,8 @@ class Clerk(Desk):
 
     def finish(self, job: Job) -> None:
         "Note that a job is over."
-        job.over = True
         if job.request is not None: self.running.pop(id(job.request), None)
+        job.over = True                                    # last: who sees it may count on a free slot
 
     def dismiss(self) -> None:
         "Let those go who have left; a slot is free again before the next step."
@@ -208,8 +208,8 @@ class Clerk(Clerk):
     def abandon(self, error: ApiError) -> list[tuple[Job, ApiError]]:
         "End all running jobs with an error."
         batch = [(job, error) for job in self.running.values()]
-        for job, _ in batch: job.over = True
         self.running.clear()
+        for job, _ in batch: job.over = True
         return batch
 
 # %% ../nbs/96d_scheduler.ipynb #0353117d

@@ -53,9 +53,10 @@ async def read_stream(answer: object, seen: Seen, mood: float, began: float) -> 
 
 # %% ../nbs/96m_serve_bench.ipynb #43788d76
 async def one_client(http: object, url: str, number: int, until: float, known: dict, length: int, seen: Seen, moody: bool) -> None:
-    "Ask, read, compare, and ask again."
-    chance = random.Random(number)
-    while time.monotonic() < until:
+    "Ask, read, compare, and ask again while there is time."
+    chance, asked = random.Random(number), 0
+    while not asked or time.monotonic() < until:
+        asked += 1
         (prompt, seed), mood, began = chance.choice(list(known)), chance.random() if moody else 0.5, time.monotonic()
         body = {"prompt": prompt, "seed": seed, "max_tokens": length, "temperature": 1.0, "stream": True, "user": str(number)}
         async with http.stream("POST", url + "/v1/completions", json=body) as answer:
@@ -86,7 +87,7 @@ async def crowd(server: object, seen: Seen, seconds: float, clients: int, known:
     noting.cancel()
 
 # %% ../nbs/96m_serve_bench.ipynb #86995f2c
-def is_settled(server: object, seconds: float = 5.0) -> bool:
+def is_settled(server: object, seconds: float = 30.0) -> bool:
     "Whether within so many seconds nothing is queued and no slot is taken."
     scheduler, end = server.service.scheduler, time.monotonic() + seconds
     while scheduler.running or len(scheduler.mail.waiting) or scheduler.engine.active:
