@@ -24,8 +24,8 @@ from .tokenizer import Tokenizer
 
 # %% auto #0
 __all__ = ['IGNORE', 'NAMED', 'SFTError', 'chat_labels', 'Html', 'show_mask', 'render_chats', 'fitting_length', 'pack_in_order',
-           'padding_share', 'pack_best_fit', 'fill_rows', 'epoch_rows', 'content_id', 'save_arrays', 'load_arrays',
-           'TokenArrays', 'SFTData', 'too_long', 'fit_chats', 'build_sft']
+           'padding_share', 'pack_best_fit', 'row_length', 'fill_rows', 'epoch_rows', 'content_id', 'save_arrays',
+           'load_arrays', 'TokenArrays', 'SFTData', 'too_long', 'fit_chats', 'build_sft']
 
 # %% ../nbs/60d_chat_rows.ipynb #1c48371e
 class SFTError(ChatError):
@@ -116,6 +116,14 @@ def pack_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
         if free > lengths[i]:
             insort(room, (free - lengths[i], row))
     return rows
+
+# %% ../nbs/60d_chat_rows.ipynb #d16b5f68
+def row_length(lengths: list[int], context_length: int) -> int:
+    "The row that best-fit packing fills best: from 3/4 of the context (or the longest item, if longer) to all of it; of equals the longest."
+    shortest = max(max(lengths), context_length * 3 // 4)
+    choices = np.unique(np.linspace(shortest, context_length, 129).round().astype(int)).tolist()
+    some = lengths[:1_000]
+    return min(reversed(choices), key=lambda T: padding_share(pack_best_fit(some, T), some, T))
 
 # %% ../nbs/60d_chat_rows.ipynb #a9b2d1bb
 def fill_rows(
@@ -234,7 +242,8 @@ def build_sft(
     on_bad: str = "raise",  # a row that makes no sense: "raise" or "skip"
     on_long: str = "cut",  # a conversation longer than a row: "cut" after its last whole answer, "skip" or "raise"
 ) -> SFTData:
-    "Read, render, cut, pack: rows of any accepted shape → SFTData. Raises SFTError naming the line, or when nothing fits."
+    """Read, render, cut, pack: rows of any accepted shape → SFTData, its rows at most `context_length` long. Raises SFTError naming the
+    line, or when nothing fits."""
     rows = load_chats(chats, on_bad, SFTError)
     rendered = render_chats(tokenizer, rows)
     keep, long = fit_chats(rows, rendered, tokenizer.special_id("<|end|>"), context_length, on_long)
@@ -243,10 +252,11 @@ def build_sft(
     kept = [(ids[:n], mask[:n]) for (ids, mask), n in zip(rendered, keep) if n]
     kept = [kept[i] for i in rng("pack", seed).permutation(len(kept))]
     lengths = [len(ids) for ids, _ in kept]
-    packed = pack_best_fit(lengths, context_length)
-    arrays = fill_rows(kept, packed, context_length, tokenizer.pad_id)
+    T = row_length(lengths, context_length)
+    packed = pack_best_fit(lengths, T)
+    arrays = fill_rows(kept, packed, T, tokenizer.pad_id)
     stats = {
         "chats": len(kept), "bad": len(rows.left_out), "dropped": keep.count(0), "cut": len(long) - keep.count(0),
         "rows": len(packed), "tokens": sum(lengths), "targets": int((arrays["labels"] != IGNORE).sum()),
-        "padding": round(padding_share(packed, lengths, context_length), 4), "named": [*rows.left_out, *long][:NAMED]}
+        "padding": round(padding_share(packed, lengths, T), 4), "named": [*rows.left_out, *long][:NAMED]}
     return SFTData(**arrays, tokenizer_hash=tokenizer.hash, stats=stats)

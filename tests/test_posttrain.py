@@ -156,13 +156,19 @@ def test_rows_hold_the_chats_and_every_row_has_targets(tok):
     assert data.stats["padding"] == pytest.approx((data.doc_ids < 0).mean(), abs=1e-4)
 
 
+def shared_row(tok):
+    """The packed row that holds most conversations, as tensors (1, T)."""
+    data = build_sft([random_chat(seed) for seed in range(8)], tok, 64)
+    fullest = int(data.doc_ids.max(1).argmax())
+    assert data.doc_ids[fullest].max() >= 1
+    return {k: torch.from_numpy(a[fullest:fullest + 1]).long() for k, a in data.arrays.items()}
+
+
 @pytest.mark.parametrize("position", ["rope", "alibi", "learned", "none"])
 def test_a_packed_chat_is_the_chat_alone(tok, position):
     model = make_model(tok, position=position)
-    data = build_sft([random_chat(seed) for seed in range(8)], tok, 64)
-    row = {k: torch.from_numpy(a[:1]).long() for k, a in data.arrays.items()}
+    row = shared_row(tok)
     logits = model(row["ids"], doc_ids=row["doc_ids"])[0]
-    assert row["doc_ids"].max() >= 1
     for doc in range(int(row["doc_ids"].max()) + 1):
         inside = row["doc_ids"][0] == doc
         assert torch.allclose(logits[inside], model(row["ids"][:, inside])[0], atol=1e-4)
@@ -170,8 +176,7 @@ def test_a_packed_chat_is_the_chat_alone(tok, position):
 
 def test_a_neighbour_changes_neither_logits_nor_gradient(tok):
     model = make_model(tok)
-    data = build_sft([random_chat(seed) for seed in range(8)], tok, 64)
-    row = {k: torch.from_numpy(a[:1]).long() for k, a in data.arrays.items()}
+    row = shared_row(tok)
     last = row["doc_ids"] == row["doc_ids"].max()
     changed = torch.where(last | (row["doc_ids"] < 0), row["ids"], torch.randint(6, tok.vocab_size, row["ids"].shape))
     labels = torch.where(last, row["labels"], IGNORE)
@@ -298,7 +303,7 @@ def test_sft_learns_and_knows_its_base(tok, base, tmp_path):
     other = BPETokenizer.train(["other merges other merges"] * 3, vocab_size=290, special_tokens=SPECIAL_TOKENS, strict=False)
     with pytest.raises(SFTError, match="made with tokenizer"):
         sft(base, build_sft([random_chat(0)], other, 64), config, tmp_path / "other", quiet=True)
-    with pytest.raises(SFTError, match="have 128 tokens"):
+    with pytest.raises(SFTError, match="have 96 tokens"):
         sft(base, build_sft([random_chat(0)], tok, 128), config, tmp_path / "other", quiet=True)
 
 
