@@ -252,11 +252,11 @@ def test_numbers_too_small_for_float32(server, name, value):
 
 
 # ------------------------------------------------------------------------------------------------------ the document holds
-def schemathesis(url: str, examples: int) -> subprocess.CompletedProcess:
+def schemathesis(url: str, examples: int, folder: Path) -> subprocess.CompletedProcess:
     words = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run", url + "/openapi.json", "--url", url,
              "--max-examples", str(examples), "--seed", "1", "--no-color", "--request-timeout", "60",
              "--phases", "examples,coverage,fuzzing", "--suppress-health-check", "all"]
-    return subprocess.run(words, capture_output=True, text=True, timeout=500, cwd=os.environ.get("TMPDIR", "/" + "tmp"))
+    return subprocess.run(words, capture_output=True, text=True, timeout=900, cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -279,14 +279,14 @@ def quiet_server():
         yield background
 
 
-def test_schemathesis_finds_no_failure(quiet_server):
-    done = schemathesis(quiet_server.url, 8)
+def test_schemathesis_finds_no_failure(quiet_server, tmp_path):
+    done = schemathesis(quiet_server.url, 8, tmp_path)
     assert done.returncode == 0, done.stdout[-6000:]
 
 
 @pytest.mark.slow
-def test_schemathesis_at_length(quiet_server):
-    done = schemathesis(quiet_server.url, 200)
+def test_schemathesis_at_length(quiet_server, tmp_path):
+    done = schemathesis(quiet_server.url, 200, tmp_path)
     assert done.returncode == 0, done.stdout[-6000:]
 
 
