@@ -57,21 +57,33 @@ def lm():
     return tiny()
 
 
-@pytest.fixture(scope="module")
-def server(lm):
-    background = Background(lm, "tiny", sizes=Sizes(slots=4), rules=Rules(head_seconds=PATIENCE, body_seconds=PATIENCE))
-    background.service.forms.seconds = PATIENCE
+@contextlib.contextmanager
+def serving(lm, seconds: float):
+    """A server that gives a head and a body so much time."""
+    background = Background(lm, "tiny", sizes=Sizes(slots=4), rules=Rules(head_seconds=seconds, body_seconds=seconds))
     with background as url:
         background.url = url
         yield background
 
 
 @pytest.fixture(scope="module")
+def server(lm):
+    with serving(lm, PATIENCE) as background:
+        background.service.forms.seconds = PATIENCE
+        yield background
+
+
+@pytest.fixture(scope="module")
 def hasty_server(lm):
-    """As `server`, with limits that a test can wait for, and that an honest client keeps even when the machine stands still for a while."""
-    background = Background(lm, "tiny", sizes=Sizes(slots=4), rules=Rules(head_seconds=5, body_seconds=5))
-    with background as url:
-        background.url = url
+    """With limits that a test can wait for, and that an honest client keeps even when the machine stands still for a while."""
+    with serving(lm, 5) as background:
+        yield background
+
+
+@pytest.fixture
+def lonely_server(lm):
+    """With no clients but those of one test: nobody else holds a line."""
+    with serving(lm, PATIENCE) as background:
         yield background
 
 
@@ -97,11 +109,11 @@ def comes_true(condition, seconds: float = PATIENCE, pause: float = 0.01) -> boo
     return bool(found)
 
 
-def forgets_everybody(server, seconds: float = PATIENCE) -> bool:
+def forgets_everybody(server) -> bool:
     """Whether a server has nothing to do any more for clients that have left: connections are accepted in the order in which they came."""
-    get("http://{}:{}/health".format(*server.socket.getsockname()))
+    get(server.url + "/health")
     state = server.server.server_state
-    return comes_true(lambda: not state.connections and not state.tasks, seconds) and is_settled(server, seconds)
+    return comes_true(lambda: not state.connections and not state.tasks) and is_settled(server)
 
 
 @contextlib.contextmanager
@@ -310,30 +322,30 @@ def tokens_written(server) -> float:
     return server.service.meters.counters["tokens"]._value.get()
 
 
-def test_a_client_that_leaves_frees_its_slot(server, lm):
+def test_a_client_that_leaves_frees_its_slot(lonely_server, lm):
     """50 clients hang up after 0, 1 or 5 events, streaming or not, in a slot or in the queue; a neighbour is not disturbed."""
     async def leave_whole(number: int) -> None:
         try:
             async with httpx.AsyncClient(timeout=0.05 + number / 200) as http:
-                await http.post(server.url + "/v1/completions", json={"prompt": "Tom", "max_tokens": 10**5})
+                await http.post(lonely_server.url + "/v1/completions", json={"prompt": "Tom", "max_tokens": 10**5})
         except httpx.TimeoutException:
             pass
 
     async def stay() -> list[str]:
         async with httpx.AsyncClient(timeout=PATIENCE) as http:
-            asked = [http.post(server.url + "/v1/completions", json={"prompt": "Mia", "seed": i, "max_tokens": 20, "user": "stays"})
+            asked = [http.post(lonely_server.url + "/v1/completions", json={"prompt": "Mia", "seed": i, "max_tokens": 20, "user": "stays"})
                      for i in range(6)]
             return [answer.json()["choices"][0]["text"] for answer in await asyncio.gather(*asked)]
 
     async def everybody():
-        leaving = [stream_until(server.url, (0, 1, 5)[i % 3], i) for i in range(30)] + [leave_whole(i) for i in range(20)]
+        leaving = [stream_until(lonely_server.url, (0, 1, 5)[i % 3], i) for i in range(30)] + [leave_whole(i) for i in range(20)]
         return (await asyncio.gather(stay(), *leaving))[0]
 
     assert asyncio.run(everybody()) == [lm.generate("Mia", seed=i, max_new_tokens=20) for i in range(6)]
-    assert forgets_everybody(server)
-    before = tokens_written(server)
+    assert forgets_everybody(lonely_server)
+    before = tokens_written(lonely_server)
     time.sleep(0.3)
-    assert tokens_written(server) == before                                         # nothing is written for nobody
+    assert tokens_written(lonely_server) == before                                         # nothing is written for nobody
 
 
 def test_a_client_that_never_reads_frees_its_slot(server):
