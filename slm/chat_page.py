@@ -53,7 +53,7 @@ const showCard = span => {
 # %% ../nbs/96i_chat_page.ipynb #603e3e14
 SCRIPT["pointing"] = r"""
 let walking = false;                                     // the arrow keys lead until the mouse really moves
-const leave = e => { if (e.pointerType === "mouse" && !walking) hiding = setTimeout(hideCard, 250); };
+const leave = e => { if (e.pointerType === "mouse" && !walking) clearTimeout(hiding), hiding = setTimeout(hideCard, 250); };
 document.addEventListener("pointermove", () => { walking = false; });
 $("log").addEventListener("pointerover", e => { if (e.pointerType === "mouse" && !walking && e.target.matches(".t")) showCard(e.target); });
 $("log").addEventListener("pointerout", leave);

@@ -103,7 +103,7 @@ def try_lock(handle: int) -> bool:
 # %% ../nbs/02_files.ipynb #ea5b6f76
 def lock_owner(handle: int) -> str:
     """The process number in an open lock file; read again while it is empty, since its owner has the lock before he has written."""
-    for _ in range(50):
+    for _ in range(500):                                       # 5 seconds, should its owner just stand still
         os.lseek(handle, 0, os.SEEK_SET)
         owner = os.read(handle, 32).decode(errors="replace").strip()
         if owner:

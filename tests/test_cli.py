@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import shutil
 import signal
@@ -78,16 +79,23 @@ def test_all_commands_are_there():
     assert all(words[-1] in expect_ok("--help") or words[0] in expect_ok("--help") for words, _ in COMMANDS)
 
 
+def processor_seconds(program: str) -> float:
+    """What a Python program that prints [] takes of the processor: others that use it do not count."""
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr
+    after = os.times()
+    return after.children_user + after.children_system - before.children_user - before.children_system
+
+
 def test_help_is_fast_and_imports_nothing_heavy():
     heavy = "sorted({'torch', 'numpy', 'yaml'} & set(sys.modules))"
     program = f"import sys\nfrom slm.cli import app\ntry: app(['--help'])\nfinally: print({heavy})"
-    times = []
+    bare, times = [], []
     for _ in range(3):
-        begin = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        times.append(time.perf_counter() - begin)
-        assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]"
-    assert min(times) < 0.7, f"slm --help took {min(times):.2f} s"
+        bare.append(processor_seconds("import typer; print([])"))
+        times.append(processor_seconds(program))
+    assert min(times) < 4 * min(bare), f"slm --help took {min(times):.2f} s of the processor, its library alone {min(bare):.2f}"
 
 
 def test_no_words_is_help(here):
@@ -249,18 +257,36 @@ def test_chat_through_a_pipe(babble):
 
 
 def test_chat_as_a_process_streams_and_ends_with_the_pipe(babble):
-    done = subprocess.run([*SLM, "chat", str(babble), "-n", "4"], input="Hello\n", capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*SLM, "chat", str(babble), "-n", "4"], input="Hello\n", capture_output=True, text=True, timeout=600)
     assert done.returncode == 0 and done.stderr == "" and done.stdout.endswith("\n")
 
 
-def read_until(handle: int, wanted: str, seconds: float = 90) -> str:
-    """What a terminal shows, read until `wanted` appears in it."""
-    shown, deadline = "", time.monotonic() + seconds
-    while wanted not in shown and time.monotonic() < deadline:
-        if select.select([handle], [], [], 0.2)[0]:
-            shown += os.read(handle, 4096).decode("utf-8", "replace")
-    assert wanted in shown, f"{wanted!r} did not appear in {shown[-400:]!r}"
-    return shown
+class Person:
+    """Somebody at a terminal, who reads what is shown and types."""
+
+    def __init__(self, handle: int):
+        self.handle, self.shown = handle, ""
+
+    def sees(self, *wanted: str, seconds: float = 120) -> str | None:
+        """Read on until one of these patterns is shown, and forget what came before; which it was, None for none."""
+        end = time.monotonic() + seconds
+        while True:
+            for one in wanted:
+                if found := re.search(one, self.shown):
+                    self.shown = self.shown[found.end():]
+                    return one
+            if time.monotonic() > end:
+                return None
+            if select.select([self.handle], [], [], 0.2)[0]:
+                self.shown += os.read(self.handle, 4096).decode("utf-8", "replace")
+
+    def insists(self, typed: bytes, wanted: str) -> bool:
+        """Type it, and again when nothing came of it: the prompt is shown a moment before anybody listens."""
+        for _ in range(12):
+            os.write(self.handle, typed)
+            if self.sees(wanted, seconds=10):
+                return True
+        return False
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
@@ -271,18 +297,19 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(babble):
     child, terminal = pty.fork()
     if child == 0:
         os.execv(SLM[0], [*SLM, "chat", str(babble), "-n", "4000", "--temperature", "0"])
+    person, stopped, reminded = Person(terminal), r"…\r\n> ", "/quit leaves"
     try:
-        read_until(terminal, "> ")
-        os.write(terminal, b"Hello\n")
-        read_until(terminal, "Hello\r\n")
-        time.sleep(0.3)
-        os.write(terminal, b"\x03")
-        read_until(terminal, "…\r\n> ")
-        time.sleep(0.5)                                       # the prompt is shown a moment before anybody listens
-        os.write(terminal, b"\x03")
-        read_until(terminal, "/quit leaves")
-        os.write(terminal, b"/seed 7\n")
-        read_until(terminal, "seed 7\r\n> ")
+        assert person.sees("> "), person.shown
+        for _ in range(5):                                        # whose Ctrl-C comes when the answer is over already asks again
+            os.write(terminal, b"Hello\n")
+            assert person.sees(r"Hello\r\n(?:\x1b\[[\d;?]*\w|\s)*[^\s\x1b]"), person.shown         # and the beginning of an answer
+            os.write(terminal, b"\x03")
+            if (seen := person.sees(stopped, reminded)) == stopped:
+                break
+            assert seen and person.sees("> "), person.shown
+        assert seen == stopped
+        assert person.insists(b"\x03", reminded), person.shown
+        assert person.insists(b"/seed 7\n", r"[^/]seed 7\r\n.*> "), person.shown
         os.write(terminal, b"/quit\n")
         assert os.waitpid(child, 0)[1] == 0
     finally:
@@ -365,11 +392,11 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(here):
     shape = "--preset tiny --set model.d_model=16 --set model.n_layer=1 --context-length 32 --batch-size 2"
     words = f"pretrain stories/pack {shape} --steps 100000 --out base".split()
     process = subprocess.Popen([*SLM, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log, deadline = here / "base" / "log.jsonl", time.monotonic() + 90
-    while time.monotonic() < deadline and not (log.exists() and log.stat().st_size > 3000):
+    log, deadline = here / "base" / "log.jsonl", time.monotonic() + 300
+    while time.monotonic() < deadline and process.poll() is None and not (log.exists() and log.stat().st_size > 3000):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "step" in err.splitlines()[-1] and "Traceback" not in err
     assert (here / "base" / "latest").exists() and "ok" in expect_ok("data check base")
 

@@ -79,7 +79,7 @@ def python(hub, program: str, *words: str, **environment: str) -> subprocess.Com
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
     places = {"HF_ENDPOINT": hub.url, "HF_HOME": str(hub.here / "hf"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
               "NO_PROXY": "127.0.0.1"}
-    done = subprocess.run([sys.executable, "-c", program, *words], cwd=hub.here, env={**clean, **places, **environment}, timeout=120,
+    done = subprocess.run([sys.executable, "-c", program, *words], cwd=hub.here, env={**clean, **places, **environment}, timeout=600,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done

@@ -62,7 +62,7 @@ def go(run_dir, settings=(), **options):
           evaluate=lambda m: {"val_loss": (lm_loss(m, batch_at(99))[0] / 100).item()}, **options)
 
 
-def torchrun(*words, timeout=240):
+def torchrun(*words, timeout=900):
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, words)]
     return subprocess.run(line, env=ENV, capture_output=True, text=True, timeout=timeout)
 
@@ -144,7 +144,7 @@ def test_the_command_line_and_a_killed_rank(runs, tmp_path):
                       "t.go(out, on_step=lambda step: os.kill(os.getpid(), signal.SIGKILL) if fatal and step == 6 else None)\n")
     begin = time.perf_counter()
     lost = torchrun(killer, tmp_path / "cut", "kill")
-    assert lost.returncode != 0 and time.perf_counter() - begin < 90
+    assert lost.returncode != 0 and time.perf_counter() - begin < 300
     assert "process 0 of 2 has lost another one: start the same command again" in lost.stderr, lost.stderr[-2000:]
     assert torchrun(killer, tmp_path / "cut", "no").returncode == 0
     torchrun(killer, tmp_path / "whole", "no")

@@ -4,9 +4,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -76,19 +76,24 @@ def test_a_folder_gives_a_row_a_file_and_stories_their_floor(lm, tmp_path):
     assert not trained_on & {doc["text"] for doc in domain_docs(["storyworld"], 200)}
 
 
+FATAL = """if True:
+    import itertools, os, signal, slm.suite
+    marked, number = slm.suite.document_marks, itertools.count()
+    slm.suite.document_marks = lambda *words: (next(number) == 3 and os.kill(os.getpid(), signal.SIGKILL), marked(*words))[1]
+"""
+
+
 def test_slm_eval_killed_in_the_middle_goes_on(run, tmp_path):
     (tmp_path / "tale.txt").write_text("<|endoftext|>".join(doc["text"] for doc in sentences("kill", 3000)))
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    words = [sys.executable, "-m", "slm.cli", "eval", str(run), "--text", "tale.txt", "--max-docs", "3000", "--out", "out", "--json"]
-    begin = lambda: subprocess.Popen(words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
-    marks, killed = tmp_path / "out" / "text.marks.jsonl", begin()
-    while killed.poll() is None and not (marks.exists() and marks.read_text().count("\n") > 64):
-        time.sleep(0.01)
-    killed.kill()
-    killed.wait()
+    words = ["eval", str(run), "--text", "tale.txt", "--max-docs", "3000", "--out", "out", "--json"]
+    begin = lambda program: subprocess.run([sys.executable, "-c", program + "import slm.cli; slm.cli.main()", *words], cwd=tmp_path,
+                                           env=env, stdout=subprocess.PIPE, text=True, timeout=600)
+    marks = tmp_path / "out" / "text.marks.jsonl"
+    assert begin(FATAL).returncode == -signal.SIGKILL
     kept = marks.read_text()
-    assert 64 < kept.count("\n") < 3001, "it was over before it could be killed"
-    went_on = json.loads(begin().communicate(timeout=300)[0])
+    assert kept.count("\n") == 1 + 3 * 64, "it was over before it could be killed"
+    went_on = json.loads(begin("").stdout)
     assert marks.read_text().startswith(kept[:kept.rindex("\n") + 1]) and marks.read_text().count("\n") == 3001
     docs = domain_docs([tmp_path / "tale.txt"])
     alone = run_texts(slm.load(run), [tmp_path / "tale.txt"], tmp_path / "alone")
@@ -188,7 +193,7 @@ def test_a_task_file_registers_the_model(tmp_path):
                "from lm_eval.tasks._yaml_loader import load_yaml; assert 'slm' not in model_registry; "
                "load_yaml(sys.argv[1]); print(get_model('slm').__name__)")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", program, str(task)], capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run([sys.executable, "-c", program, str(task)], capture_output=True, text=True, timeout=600, env=env)
     assert done.stdout.strip() == "SLMHarness", done.stderr[-2000:]
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -48,28 +47,31 @@ def place(tmp_path_factory) -> Path:
     return folder
 
 
-def start(place: Path, line: str, out: str) -> subprocess.Popen:
+FATAL = """if True:
+    import os, signal, slm.artifacts
+    rotate, fatal = slm.artifacts.rotate, lambda: os.kill(os.getpid(), signal.SIGKILL)
+    slm.artifacts.rotate = lambda folder, newest, *more: (rotate(folder, newest, *more), newest > 0 and fatal())[0]
+"""                                                                                # SIGKILL when the first checkpoint has been saved
+
+
+def start(place: Path, line: str, out: str, program: str = "") -> subprocess.Popen:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "slm.cli", *line.split(), "--out", out], cwd=place, env=env, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    words = [sys.executable, "-c", program + "import slm.cli; slm.cli.main()", *line.split(), "--out", out]
+    return subprocess.Popen(words, cwd=place, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def finish(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     return out
 
 
 @pytest.mark.parametrize("name", [name if name in ("sft-lora", "grpo") else pytest.param(name, marks=pytest.mark.slow) for name in LINES])
 def test_a_killed_run_goes_on_to_the_same_bits(place, name):
-    whole = start(place, LINES[name], f"{name}-whole")
-    cut, loop = start(place, LINES[name], f"{name}-cut"), place / f"{name}-cut" / ("adapting" if "lora" in name else "")
-    until = time.monotonic() + 120
-    while cut.poll() is None and not (loop.is_dir() and latest_checkpoint(loop)) and time.monotonic() < until:
-        time.sleep(0.005)
-    assert cut.poll() is None, "it was finished before it could be killed"
-    cut.send_signal(signal.SIGKILL)
-    cut.wait()
+    whole, loop = start(place, LINES[name], f"{name}-whole"), place / f"{name}-cut" / ("adapting" if "lora" in name else "")
+    _, err = (cut := start(place, LINES[name], f"{name}-cut", FATAL)).communicate(timeout=600)
+    assert cut.returncode == -signal.SIGKILL, err
+    assert len(list(loop.glob("step-*"))) == 1
     finish(whole)
     said = finish(start(place, LINES[name], f"{name}-cut"))
     assert "step" in said

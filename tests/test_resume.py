@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def child(folder, moment, hold):
     if pid: return pid
     time.sleep(max(0.0, moment - time.time()))
     try:
-        t.go(folder, on_step=t.stop_at(2, lambda: time.sleep(60) if hold else None))
+        t.go(folder, on_step=t.stop_at(2, lambda: time.sleep(600) if hold else None))
         os._exit(0)
     except t.ArtifactError as error:
         Path(f"{folder}.refused").write_text(str(error))
@@ -145,7 +146,7 @@ def test_r12_of_two_processes_one_runs_and_a_killed_one_leaves_no_lock(tmp_path,
     if not hasattr(os, "fork"):
         pytest.skip("needs fork")
     line = [sys.executable, "-c", TWINS, str(Path(__file__).parent), str(tmp_path), str(tries)]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=120 + 10 * tries)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=300 + 10 * tries)
     assert done.returncode == 0, done.stderr[-2000:]
     passed = done.stdout.splitlines().count("7 True 0")
     count("R12 two processes in one folder", passed, tries) if tries == 20 else None
@@ -164,10 +165,10 @@ def test_r12_of_two_threads_one_runs(tmp_path, tries):
             try:
                 with run_lock(folder):
                     won.append(1)
-                    ready.wait(20)
+                    ready.wait(120)
             except ArtifactError as error:
                 refused.append(str(error))
-                ready.wait(20)
+                ready.wait(120)
         pair = [threading.Thread(target=contend, args=(tmp_path / str(i),)) for _ in range(2)]
         [t.start() for t in pair], [t.join() for t in pair]
         passed += len(won) == 1 and len(refused) == 1 and str(os.getpid()) in refused[0]
@@ -432,7 +433,7 @@ ANYTHING = st.one_of(st.integers(-10**20, 10**20), st.floats(), st.text(max_size
                      st.lists(st.text(max_size=3)))
 
 
-@settings(max_examples=300, deadline=2000, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from([*TrainConfig.__dataclass_fields__, "learning_rate"]), ANYTHING, max_size=4))
 def test_r19_nonsense_is_one_sentence(data):
     try:
@@ -461,25 +462,25 @@ def test_r21_a_reader_never_sees_half_a_checkpoint(tmp_path, saves):
 
     def read():
         while not stop.is_set():
-            for last_try in (False, True):                                  # what was the newest may just have been rotated away
-                found = latest_checkpoint(tmp_path)
-                if found is None:                                           # all that were listed have been rotated away: look again
-                    break
-                try:
-                    saved = load_checkpoint(found)
-                    seen.append(saved.state["step"])
-                    if not (saved.model["w"] == saved.state["step"]).all():
-                        failed.append(saved.state["step"])
-                    break
-                except ArtifactError as error:
-                    failed.extend([str(error)] if last_try else [])
+            found = latest_checkpoint(tmp_path)
+            if found is None:                                               # all that were listed have been rotated away: look again
+                continue
+            try:
+                saved = load_checkpoint(found)
+                seen.append(saved.state["step"])
+                if not (saved.model["w"] == saved.state["step"]).all():
+                    failed.append(saved.state["step"])
+            except ArtifactError as error:
+                failed.extend([str(error)] if found.exists() else [])       # what was the newest may have been rotated away meanwhile
     reader = threading.Thread(target=read)
     reader.start()
-    for step in range(2, saves + 2):
+    step, end = 1, time.monotonic() + 120
+    while step < saves + 1 or (len(set(seen)) < 3 and time.monotonic() < end):         # until the reader has seen some of them
+        step += 1
         save_checkpoint(tmp_path, step, {"w": torch.full((2000,), float(step))}, {}, {})
     stop.set()
     reader.join()
-    assert seen == sorted(seen) and len(seen) > 1 and not failed, failed[:3]
+    assert seen == sorted(seen) and len(set(seen)) >= 3 and not failed, failed[:3]
     count("R21 saves under a reader's eyes", saves, saves) if saves == 200 else None
 
 

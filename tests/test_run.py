@@ -42,16 +42,34 @@ def status(out: Path, stage: str) -> str | None:
         return None
 
 
-def kill_during(out: Path, stage: str, wait: float) -> bool:
-    """Start a run, SIGKILL it `wait` seconds after `stage` has begun; False when the stage was over before that."""
-    process = subprocess.Popen(slm_run(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
-    while process.poll() is None and status(out, stage) is None:
-        time.sleep(0.005)
-    time.sleep(wait)
-    during = process.poll() is None and status(out, stage) == "started"
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    return during
+HURT = """
+import os, signal, threading, time
+import slm.pipeline, slm.pretrain, slm.report
+
+def stop(number): os.kill(os.getpid(), number)
+
+def in_stage(name, seconds):                  # SIGKILL so long after a stage has begun; it is not finished before that
+    timed = slm.pipeline._timed
+    def fatal(run, stage, make):
+        if stage != name: return timed(run, stage, make)
+        threading.Timer(seconds, stop, [signal.SIGKILL]).start()
+        return timed(run, stage, lambda run: (make(run), time.sleep(600)))
+    slm.pipeline._timed = fatal
+
+def at_step(step, number):                    # a signal after that step of training, logged and not yet saved
+    due = slm.pretrain.save_due
+    slm.pretrain.save_due = lambda run: (run.step == step and stop(number), due(run))[1]
+
+def at_the_report(number):                    # a signal when the report asks its first model
+    judged = slm.report.judged
+    slm.report.judged = lambda *words: (stop(number), judged(*words))[1]
+"""
+
+
+def hurt(out: Path, how: str) -> subprocess.CompletedProcess:
+    """A run that sends itself a signal: so it comes at the given moment, however fast or slow run and test are."""
+    words = [sys.executable, "-c", f"{HURT}\n{how}\nfrom slm.cli import main; main()", *slm_run(out)[len(SLM):]]
+    return subprocess.run(words, capture_output=True, text=True, env=environment(), timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +104,12 @@ def test_second_run_does_nothing_and_says_so(calm):
 
 
 def test_killed_in_every_stage_ends_with_the_same_bits(calm, tmp_path):
-    hit = [stage for i, stage in enumerate(STAGES) if kill_during(tmp_path, stage, wait=0.05 * (i % 3))]
-    assert len(hit) >= 6, f"only these stages were caught while they worked: {hit}"
+    for i, stage in enumerate(STAGES):
+        killed = hurt(tmp_path, f"in_stage({stage!r}, {0.05 * (i % 3)})")
+        assert killed.returncode == -signal.SIGKILL and status(tmp_path, stage) == "started", (stage, killed.stderr)
     last = run(tmp_path)
     assert last.returncode == 0, last.stderr
     assert weights(tmp_path) == weights(calm)
-
-
-def start_until(out: Path, begun) -> subprocess.Popen:
-    """A run that is still at work when `begun()` has become true."""
-    process = subprocess.Popen(slm_run(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment())
-    while process.poll() is None and not begun():
-        time.sleep(0.005)
-    assert process.poll() is None, "the run was over before it could be stopped"
-    return process
 
 
 def steps_logged(out: Path) -> int:
@@ -108,21 +118,20 @@ def steps_logged(out: Path) -> int:
 
 
 def test_stopped_says_how_to_go_on_and_the_bill_holds_every_visit(calm, tmp_path):
-    """Ctrl-C (130) and SIGTERM (143) in training, SIGTERM while the report asks its models; then a kill that no handler sees."""
+    """Ctrl-C (130) and SIGTERM (143) in training, a kill that no handler sees; then SIGTERM while the report asks its models."""
     for number, step in ((signal.SIGINT, 3), (signal.SIGTERM, 7)):
-        process = start_until(tmp_path, lambda step=step: steps_logged(tmp_path) >= step)
-        process.send_signal(number)
-        said = process.communicate(timeout=60)[1].strip().splitlines()
-        assert process.returncode == 128 + number and len(said) == 1 and "run the same again to go on" in said[0], said
+        stopped = hurt(tmp_path, f"at_step({step}, {int(number)})")
+        said = stopped.stderr.strip().splitlines()
+        assert stopped.returncode == 128 + number and len(said) == 1 and "run the same again to go on" in said[0], said
         assert status(tmp_path, "pretrain") == "started" and list((tmp_path / "t" / "pretrain").glob("step-*"))
-    start_until(tmp_path, lambda: steps_logged(tmp_path) >= 10).kill()
-    time.sleep(0.2)
+        assert steps_logged(tmp_path) == step
+    assert hurt(tmp_path, f"at_step(10, {int(signal.SIGKILL)})").returncode == -signal.SIGKILL and steps_logged(tmp_path) == 10
     record = tmp_path / "t" / "stages" / "pretrain.json"
     os.utime(record, (time.time() - 1000,) * 2)                             # as if the one that was killed had begun long ago
-    process = start_until(tmp_path, lambda: status(tmp_path, "report") == "started")
-    process.terminate()
-    said = process.communicate(timeout=60)[1].strip().splitlines()
-    assert process.returncode == 143 and len(said) == 1 and "the same command goes on" in said[0], said
+    stopped = hurt(tmp_path, f"at_the_report({int(signal.SIGTERM)})")
+    said = stopped.stderr.strip().splitlines()
+    assert stopped.returncode == 143 and len(said) == 1 and "the same command goes on" in said[0], said
+    assert status(tmp_path, "report") == "started"
     assert run(tmp_path).returncode == 0 and weights(calm).items() <= weights(tmp_path).items()   # and an older checkpoint
     assert 1000 < json.loads((tmp_path / "t" / "report.json").read_text())["seconds"]["pretrain"] < 1100
 
@@ -141,7 +150,7 @@ def test_redo_by_name_redoes_what_depends_on_it(calm):
 
 def test_chat_and_load_open_the_result(calm):
     chat = [*SLM, "chat", str(calm / "t"), "--max-new-tokens", "8"]
-    said = subprocess.run(chat, input="Tell me a story.\n", capture_output=True, text=True, env=environment(), timeout=120)
+    said = subprocess.run(chat, input="Tell me a story.\n", capture_output=True, text=True, env=environment(), timeout=600)
     assert said.returncode == 0 and said.stdout.strip(), said.stderr
     import slm
     lm = slm.load(calm / "t")
@@ -160,7 +169,7 @@ def test_bad_input_is_one_sentence(tmp_path, arguments, word):
     (tmp_path / "nothing").mkdir()
     (tmp_path / "small.txt").write_text("\n\n".join(f"The {i}th small text says nothing, and says it {i} times." for i in range(400)))
     words = [*SLM, "run", "--preset", "tiny", "--minutes", MINUTES, "--out", "made", *arguments]
-    done = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment(), cwd=tmp_path, timeout=600)
     said = done.stderr.strip().splitlines()
     assert done.returncode == 2 and said and "Traceback" not in done.stderr, done.stderr
     assert word in said[-1]
@@ -192,7 +201,7 @@ def test_disk_that_fills_up_in_the_middle(tmp_path):
     if not shutil.which("unshare") or subprocess.run([*unshare, f"mount -t tmpfs tmpfs '{tmp_path}'"], capture_output=True).returncode:
         pytest.skip("this machine does not let a test mount a file system")
     words = slm_run(Path("out"))
-    done = subprocess.run([*unshare, SCRIPT, "sh", str(tmp_path), *words], capture_output=True, text=True, env=environment(), timeout=300)
+    done = subprocess.run([*unshare, SCRIPT, "sh", str(tmp_path), *words], capture_output=True, text=True, env=environment(), timeout=600)
     first, hidden, second = done.stdout.partition("code 2\n")[0], done.stdout.partition("code 2\n")[2].splitlines()[0], done.stdout
     assert "disk full" in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "[3/8] pack" in first and "[8/8]" not in first and hidden == "that was all that is hidden", done.stdout

@@ -5,14 +5,15 @@ Everything happens on the loopback interface with a tiny random model: what it s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import multiprocessing
 import os
+import random
 import re
 import resource
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -36,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 JSON = {"Content-Type": "application/json"}
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 TEXT = "/v1/completions"
+PATIENCE = 120                                         # seconds until a test gives up: only paid when something is broken
 HELLO = [{"role": "user", "content": "Who has a kite?"}]
 
 
@@ -55,11 +57,33 @@ def lm():
     return tiny()
 
 
-@pytest.fixture(scope="module")
-def server(lm):
-    background = Background(lm, "tiny", sizes=Sizes(slots=4), rules=Rules(head_seconds=2, body_seconds=2))
+@contextlib.contextmanager
+def serving(lm, seconds: float):
+    """A server that gives a head and a body so much time."""
+    background = Background(lm, "tiny", sizes=Sizes(slots=4), rules=Rules(head_seconds=seconds, body_seconds=seconds))
     with background as url:
         background.url = url
+        yield background
+
+
+@pytest.fixture(scope="module")
+def server(lm):
+    with serving(lm, PATIENCE) as background:
+        background.service.forms.seconds = PATIENCE
+        yield background
+
+
+@pytest.fixture(scope="module")
+def hasty_server(lm):
+    """With limits that a test can wait for, and that an honest client keeps even when the machine stands still for a while."""
+    with serving(lm, 5) as background:
+        yield background
+
+
+@pytest.fixture
+def lonely_server(lm):
+    """With no clients but those of one test: nobody else holds a line."""
+    with serving(lm, PATIENCE) as background:
         yield background
 
 
@@ -70,7 +94,44 @@ def client(server):
 
 def post(url: str, body, path: str = "/v1/completions", **headers) -> httpx.Response:
     data = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
-    return httpx.post(url + path, content=data, headers=JSON | headers, timeout=30)
+    return httpx.post(url + path, content=data, headers=JSON | headers, timeout=PATIENCE)
+
+
+def get(url: str, **more) -> httpx.Response:
+    return httpx.get(url, timeout=PATIENCE, **more)
+
+
+def comes_true(condition, seconds: float = PATIENCE, pause: float = 0.01) -> bool:
+    """Wait for a condition; whether it became true in time."""
+    end = time.monotonic() + seconds
+    while not (found := condition()) and time.monotonic() < end:
+        time.sleep(pause)
+    return bool(found)
+
+
+def forgets_everybody(server) -> bool:
+    """Whether a server has nothing to do any more for clients that have left: connections are accepted in the order in which they came."""
+    get(server.url + "/health")
+    state = server.server.server_state
+    return comes_true(lambda: not state.connections and not state.tasks) and is_settled(server)
+
+
+@contextlib.contextmanager
+def standing_still(server):
+    """The engine takes no step: who has a slot keeps it, and who waits goes on waiting, however fast or slow this machine is."""
+    scheduler, go_on = server.service.scheduler, threading.Event()
+    step = scheduler.step
+
+    def late():
+        go_on.wait()
+        return step()
+
+    scheduler.step = late
+    try:
+        yield scheduler
+    finally:
+        go_on.set()
+        scheduler.step = step
 
 
 # --------------------------------------------------------------------------------------------------- the official client
@@ -171,11 +232,11 @@ def test_key_host_and_origin(lm):
             openai.OpenAI(base_url=url + "/v1", api_key="wrong", max_retries=0).models.list()
         good = {"Authorization": "Bearer s3cret"}
         assert openai.OpenAI(base_url=url + "/v1", api_key="s3cret").models.list().data
-        assert httpx.get(url + "/health").status_code == 200 and httpx.get(url + "/metrics").status_code == 401
-        assert httpx.get(url + "/v1/models", headers=good | {"Host": "evil.example"}).status_code == 403
-        assert httpx.get(url + "/v1/models", headers=good | {"Origin": "http://evil.example"}).status_code == 403
-        assert httpx.get(url + "/v1/models", headers=good | {"Origin": url}).status_code == 200
-        preflight = httpx.options(url + "/v1/completions", headers={"Origin": "http://evil.example"})
+        assert get(url + "/health").status_code == 200 and get(url + "/metrics").status_code == 401
+        assert get(url + "/v1/models", headers=good | {"Host": "evil.example"}).status_code == 403
+        assert get(url + "/v1/models", headers=good | {"Origin": "http://evil.example"}).status_code == 403
+        assert get(url + "/v1/models", headers=good | {"Origin": url}).status_code == 200
+        preflight = httpx.options(url + TEXT, headers={"Origin": "http://evil.example"}, timeout=PATIENCE)
         assert preflight.status_code == 403 and "access-control-allow-origin" not in preflight.headers
 
 
@@ -189,9 +250,9 @@ def test_tokenize_there_and_back(server, lm):
 def test_other_paths_speak_the_same_language(server):
     for path, method, status in (("/v1/responses", "POST", 404), ("/v1/completions", "GET", 405), ("/nothing", "GET", 404),
                                  ("/v1/models/..%2f..%2fetc", "GET", 404), ("/v1/models/a/b", "GET", 404)):
-        answer = httpx.request(method, server.url + path, headers=JSON, content=b"{}")
+        answer = httpx.request(method, server.url + path, headers=JSON, content=b"{}", timeout=PATIENCE)
         assert answer.status_code == status and answer.json()["error"]["message"], path
-    assert httpx.get(server.url + "/docs").text.count("<h2>") == 7 and httpx.get(server.url + "/openapi.json").json()["openapi"] == "3.1.0"
+    assert get(server.url + "/docs").text.count("<h2>") == 7 and get(server.url + "/openapi.json").json()["openapi"] == "3.1.0"
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"])
@@ -203,11 +264,11 @@ def test_numbers_too_small_for_float32(server, name, value):
 
 
 # ------------------------------------------------------------------------------------------------------ the document holds
-def schemathesis(url: str, examples: int) -> subprocess.CompletedProcess:
+def schemathesis(url: str, examples: int, folder: Path) -> subprocess.CompletedProcess:
     words = [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run", url + "/openapi.json", "--url", url,
-             "--max-examples", str(examples), "--seed", "1", "--no-color", "--request-timeout", "20",
+             "--max-examples", str(examples), "--seed", "1", "--no-color", "--request-timeout", "60",
              "--phases", "examples,coverage,fuzzing", "--suppress-health-check", "all"]
-    return subprocess.run(words, capture_output=True, text=True, timeout=500, cwd=os.environ.get("TMPDIR", "/" + "tmp"))
+    return subprocess.run(words, capture_output=True, text=True, timeout=900, cwd=folder)
 
 
 @pytest.fixture(scope="module")
@@ -230,14 +291,14 @@ def quiet_server():
         yield background
 
 
-def test_schemathesis_finds_no_failure(quiet_server):
-    done = schemathesis(quiet_server.url, 8)
+def test_schemathesis_finds_no_failure(quiet_server, tmp_path):
+    done = schemathesis(quiet_server.url, 8, tmp_path)
     assert done.returncode == 0, done.stdout[-6000:]
 
 
 @pytest.mark.slow
-def test_schemathesis_at_length(quiet_server):
-    done = schemathesis(quiet_server.url, 200)
+def test_schemathesis_at_length(quiet_server, tmp_path):
+    done = schemathesis(quiet_server.url, 200, tmp_path)
     assert done.returncode == 0, done.stdout[-6000:]
 
 
@@ -246,7 +307,7 @@ async def stream_until(url: str, tokens: int, number: int, **fields) -> int:
     """Read so many events of a long stream, then hang up; how many came."""
     body = {"prompt": "Mia", "stream": True, "max_tokens": 10**5, "user": str(number)} | fields
     seen = 0
-    async with httpx.AsyncClient(timeout=30) as http:
+    async with httpx.AsyncClient(timeout=PATIENCE) as http:
         async with http.stream("POST", url + "/v1/completions", json=body) as answer:
             if tokens == 0:
                 return 0
@@ -257,70 +318,81 @@ async def stream_until(url: str, tokens: int, number: int, **fields) -> int:
     return seen
 
 
-def test_a_client_that_leaves_frees_its_slot(server, lm):
+def tokens_written(server) -> float:
+    return server.service.meters.counters["tokens"]._value.get()
+
+
+def test_a_client_that_leaves_frees_its_slot(lonely_server, lm):
     """50 clients hang up after 0, 1 or 5 events, streaming or not, in a slot or in the queue; a neighbour is not disturbed."""
     async def leave_whole(number: int) -> None:
         try:
             async with httpx.AsyncClient(timeout=0.05 + number / 200) as http:
-                await http.post(server.url + "/v1/completions", json={"prompt": "Tom", "max_tokens": 10**5})
+                await http.post(lonely_server.url + "/v1/completions", json={"prompt": "Tom", "max_tokens": 10**5})
         except httpx.TimeoutException:
             pass
 
     async def stay() -> list[str]:
-        async with httpx.AsyncClient(timeout=60) as http:
-            asked = [http.post(server.url + "/v1/completions", json={"prompt": "Mia", "seed": i, "max_tokens": 20, "user": "stays"})
+        async with httpx.AsyncClient(timeout=PATIENCE) as http:
+            asked = [http.post(lonely_server.url + "/v1/completions", json={"prompt": "Mia", "seed": i, "max_tokens": 20, "user": "stays"})
                      for i in range(6)]
             return [answer.json()["choices"][0]["text"] for answer in await asyncio.gather(*asked)]
 
     async def everybody():
-        leaving = [stream_until(server.url, (0, 1, 5)[i % 3], i) for i in range(30)] + [leave_whole(i) for i in range(20)]
+        leaving = [stream_until(lonely_server.url, (0, 1, 5)[i % 3], i) for i in range(30)] + [leave_whole(i) for i in range(20)]
         return (await asyncio.gather(stay(), *leaving))[0]
 
     assert asyncio.run(everybody()) == [lm.generate("Mia", seed=i, max_new_tokens=20) for i in range(6)]
-    assert is_settled(server)
-    before = server.service.meters.counters["tokens"]._value.get()
+    assert forgets_everybody(lonely_server)
+    before = tokens_written(lonely_server)
     time.sleep(0.3)
-    assert server.service.meters.counters["tokens"]._value.get() == before          # nothing is written for nobody
+    assert tokens_written(lonely_server) == before                                         # nothing is written for nobody
 
 
 def test_a_client_that_never_reads_frees_its_slot(server):
     body = json.dumps({"prompt": "Mia", "stream": True, "max_tokens": 10**5, "logprobs": 20, "n": 4}).encode()
+    before = tokens_written(server)
     with socket.create_connection(server.socket.getsockname()) as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        time.sleep(0.3)
-        assert is_settled(server, 10) and post(server.url, {"prompt": "Tom", "max_tokens": 2}).status_code == 200
+        assert comes_true(lambda: tokens_written(server) > before)                 # it has a slot by now
+        assert is_settled(server) and post(server.url, {"prompt": "Tom", "max_tokens": 2}).status_code == 200
 
 
 def test_a_full_queue_says_429_and_when_to_return(lm):
+    """One slot, two places to wait, twelve requests: the first has its slot before the others come, so exactly three are answered."""
     background = Background(lm, "tiny", sizes=Sizes(slots=1, max_waiting=2))
-    with background as url:
-        async def flood():
-            async with httpx.AsyncClient(timeout=60) as http:
-                asked = [http.post(url + "/v1/completions", json={"prompt": "Mia", "max_tokens": 200}) for _ in range(12)]
-                return await asyncio.gather(*asked)
-
-        answers = asyncio.run(flood())
-        codes = [answer.status_code for answer in answers]
-        assert set(codes) == {200, 429} and codes.count(200) >= 3
-        refused = next(answer for answer in answers if answer.status_code == 429)
-        assert int(refused.headers["Retry-After"]) >= 1 and refused.json()["error"]["type"] == "rate_limit_error"
+    with background as url, ThreadPoolExecutor(12) as pool:
+        with standing_still(background) as scheduler:
+            asked = [pool.submit(post, url, {"prompt": "Mia", "max_tokens": 20})]
+            assert comes_true(lambda: len(scheduler.running) == 1)
+            asked += [pool.submit(post, url, {"prompt": "Mia", "max_tokens": 20}) for _ in range(11)]
+            assert comes_true(lambda: sum(one.done() for one in asked) == 9) and len(scheduler.mail.waiting) == 2
+            refused = [one.result() for one in asked if one.done()]
+        assert sorted(one.result().status_code for one in asked) == [200] * 3 + [429] * 9 and asked[0].result().status_code == 200
+        assert all(int(a.headers["Retry-After"]) >= 1 and a.json()["error"]["type"] == "rate_limit_error" for a in refused)
         assert is_settled(background)
 
 
 def test_busy_and_loading_are_the_clients_own_errors(lm):
-    background = Background(lambda: time.sleep(0.8) or lm, "tiny", sizes=Sizes(slots=1, max_waiting=1))
+    loaded = threading.Event()
+    background = Background(lambda: loaded.wait(PATIENCE) and lm, "tiny", sizes=Sizes(slots=1, max_waiting=1))
     with ThreadPoolExecutor(8) as pool:
         entering = pool.submit(background.__enter__)
-        while not hasattr(background, "socket"):
-            time.sleep(0.01)
+        assert comes_true(lambda: hasattr(background, "socket"))
         client = openai.OpenAI(base_url="http://{}:{}/v1".format(*background.socket.getsockname()), api_key="any", max_retries=0)
         with pytest.raises(openai.InternalServerError) as caught:
             client.completions.create(model="tiny", prompt="Mia")
         assert caught.value.status_code == 503 and caught.value.response.headers["Retry-After"]
+        loaded.set()
         entering.result()
-        asked = [pool.submit(client.completions.create, model="tiny", prompt="Mia", max_tokens=200) for _ in range(6)]
-        assert openai.RateLimitError in {type(one.exception()) for one in asked}
+        ask = lambda: pool.submit(client.completions.create, model="tiny", prompt="Mia", max_tokens=20)
+        with standing_still(background) as scheduler:
+            asked = [ask()]
+            assert comes_true(lambda: len(scheduler.running) == 1)                  # one in the slot, one waits, four are too many
+            asked += [ask() for _ in range(5)]
+            assert comes_true(lambda: sum(one.done() for one in asked) == 4)
+        kinds = [type(one.exception()) for one in asked]
+        assert kinds.count(openai.RateLimitError) == 4 and kinds.count(type(None)) == 2
         background.__exit__()
 
 
@@ -335,67 +407,65 @@ def test_a_slot_is_free_within_two_steps(lm):
         events: list = []
         job = Job(lm.prompt_ids("Mia"), Sampling(max_new_tokens=200), heard=events.append)
         scheduler.submit(job)
-        while len(events) < 5:
-            time.sleep(0)
+        assert comes_true(lambda events=events: len(events) >= 5, pause=0)
         scheduler.cancel(job)
         before = len(events)
-        while not job.over:
-            time.sleep(0)
+        assert comes_true(lambda job=job: job.over, pause=0)
         assert len(events) <= before + 2
-    scheduler.close(), scheduler.join(5)
+    scheduler.close()
+    assert scheduler.join(PATIENCE)
 
 
 # -------------------------------------------------------------------------------------------------------------- hostile input
 @pytest.mark.parametrize("name", ATTACKS)
-def test_hostile_input_is_refused_and_hurts_nobody(server, name):
-    (told, status, said, seconds), *ill = besiege(server, [name])
+def test_hostile_input_is_refused_and_hurts_nobody(hasty_server, name):
+    """Who sends slowly is cut off before all has come; and nothing costs seconds of the processor, to which other programs add none."""
+    began = time.process_time()
+    (told, status, said, _), *ill = besiege(hasty_server, [name])
     assert told == name and not ill and status in ATTACKS[name].allowed, (status, said)
-    assert said and seconds < 8 and is_settled(server, 10)
+    assert said and time.process_time() - began < 8 and is_settled(hasty_server)
 
 
 def test_one_connection_too_many_hears_429(lm):
-    with Background(lm, "tiny", rules=Rules(max_connections=3)) as url:
-        held = [socket.create_connection(("127.0.0.1", int(url.rsplit(":", 1)[1]))) for _ in range(3)]
-        time.sleep(0.2)
-        answer = httpx.get(url + "/health")
+    with Background(lm, "tiny", rules=Rules(max_connections=3, head_seconds=PATIENCE)) as url:
+        held = [socket.create_connection(address_of(url)) for _ in range(3)]        # accepted in this order, before what comes now
+        answer = get(url + "/health")
         assert answer.status_code == 429 and answer.headers["Retry-After"] == "1" and answer.json()["error"]["code"] == "crowded"
         for one in held:
             one.close()
-        time.sleep(0.2)
-        assert httpx.get(url + "/health").status_code == 200
+        assert comes_true(lambda: get(url + "/health").status_code == 200)
 
 
-def test_slow_loris_is_closed_and_disturbs_nobody(server):
-    sockets = [socket.create_connection(server.socket.getsockname()) for _ in range(150)]
+def test_slow_loris_is_closed_and_disturbs_nobody(hasty_server):
+    with httpx.Client(timeout=PATIENCE) as http:
+        ask, sockets = lambda: http.get(hasty_server.url + "/health"), []
+        quiet = times_of(ask, 20)[50]
+        for _ in range(150):
+            sockets.append(socket.create_connection(hasty_server.socket.getsockname()))
+            sockets[-1].sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
+        assert times_of(ask, 20)[50] < 300 + 20 * quiet                              # ms, in the middle: a few may be late by chance
     for one in sockets:
-        one.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Slow: ")
-    times = []
-    for _ in range(20):
-        began = time.monotonic()
-        assert httpx.get(server.url + "/health").status_code == 200
-        times.append(time.monotonic() - began)
-    assert statistics.median(times) < 0.5
-    end = time.monotonic() + 8
-    for one in sockets:
-        one.settimeout(max(0.1, end - time.monotonic()))
+        one.settimeout(PATIENCE)
         assert hear(one).startswith(b"HTTP/1.1 408")                                  # and then closed
         one.close()
 
 
 def test_health_answers_while_a_megabyte_is_read(server):
     async def both():
-        async with httpx.AsyncClient(timeout=30) as http:
-            big = asyncio.create_task(http.post(server.url + "/tokenize", json={"text": "word " * 200_000}))
-            times = []
-            while not big.done():
-                began = time.monotonic()
-                await http.get(server.url + "/health")
-                times.append(time.monotonic() - began)
-                await asyncio.sleep(0.01)
-            return times, (await big).status_code
+        times, codes = [], []
+        async with httpx.AsyncClient(timeout=PATIENCE) as http:
+            while len(times) < 20:                                                   # so many that the middle one is no accident
+                big = asyncio.create_task(http.post(server.url + "/tokenize", json={"text": "word " * 200_000}))
+                while not big.done():
+                    began = time.monotonic()
+                    await http.get(server.url + "/health")
+                    times.append(time.monotonic() - began)
+                    await asyncio.sleep(0.01)
+                codes.append((await big).status_code)
+        return times, codes
 
-    times, status = asyncio.run(both())
-    assert status == 200 and sorted(times)[len(times) // 2] < 0.25
+    times, codes = asyncio.run(both())
+    assert set(codes) == {200} and sorted(times)[len(times) // 2] < 0.25
 
 
 @pytest.mark.parametrize("extra,status", [(0, 400), (-1, 200)])
@@ -435,41 +505,53 @@ def start(folder: Path, port: int = 0) -> tuple[subprocess.Popen, str]:
     said = "".join(process.stdout.readline() for _ in range(5))
     url = re.search(r"http://\S+:\d+", said)[0]
     assert "chat page" in said
-    while httpx.get(url + "/health", timeout=60).json()["status"] == "loading":       # the first waits for torch
+    while get(url + "/health").json()["status"] == "loading":       # the first waits for torch
         time.sleep(0.05)
     return process, url
+
+
+def lonely_port() -> int:
+    """A free port below those that systems give out by themselves (from 32768): nobody is given it while it is free for a moment."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def test_sigterm_ends_streams_cleanly_and_the_port_is_free_after_a_kill(folder):
     process, url = start(folder)
     ends: list[str] = []
 
-    async def listen(number: int) -> None:
-        async with httpx.AsyncClient(timeout=30) as http:
+    async def listen(number: int, begun: asyncio.Event) -> None:
+        last = ""
+        async with httpx.AsyncClient(timeout=PATIENCE) as http:
             body = {"prompt": "Mia's secret", "stream": True, "max_tokens": 4000, "seed": number}
             async with http.stream("POST", url + TEXT, json=body) as answer:
-                lines = [line async for line in answer.aiter_lines() if line]
-                ends.append(lines[-1])
+                async for line in answer.aiter_lines():
+                    begun.set()
+                    last = line or last
+        ends.append(last)
 
     async def scene() -> float:
-        listeners = [asyncio.create_task(listen(i)) for i in range(4)]
-        await asyncio.sleep(1.0)
+        begun = [asyncio.Event() for _ in range(4)]
+        listeners = [asyncio.create_task(listen(i, event)) for i, event in enumerate(begun)]
+        await asyncio.gather(*(event.wait() for event in begun))                    # all four are being written
         process.send_signal(signal.SIGTERM)
         began = time.monotonic()
         await asyncio.gather(*listeners)
         return time.monotonic() - began
 
-    assert asyncio.run(scene()) < 10 and process.wait(12) == 0
+    assert asyncio.run(scene()) < 30 and process.wait(PATIENCE) == 0
     assert len(ends) == 4 and all(end == "data: [DONE]" or "shutting down" in end for end in ends), ends
     log = process.stderr.read() + process.stdout.read()
     assert "Traceback" not in log and "secret" not in log                            # not a word of what was asked
-    port = int(url.rsplit(":", 1)[1])
+    port = lonely_port()
     process, url = start(folder, port)
     process.kill(), process.wait()
     process, url = start(folder, port)                                              # at once, on the same port
-    assert httpx.get(url + "/health").status_code == 200
+    assert get(url + "/health").status_code == 200
     process.terminate()
-    assert process.wait(12) == 0
+    assert process.wait(PATIENCE) == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------- load
@@ -485,12 +567,12 @@ def test_many_clients_at_once(lm):
     background = Background(lm, "tiny", sizes=Sizes(slots=16))
     with background as url:
         async def everybody():
-            async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=None)) as http:
+            async with httpx.AsyncClient(timeout=PATIENCE, limits=httpx.Limits(max_connections=None)) as http:
                 asked = [http.post(url + TEXT, json={"prompt": "Mia", "max_tokens": 4, "user": str(i)}) for i in range(300)]
                 return [answer.status_code for answer in await asyncio.gather(*asked)]
 
         codes = asyncio.run(everybody())
-        assert set(codes) <= {200, 429} and codes.count(200) >= 16 and is_settled(background)
+        assert set(codes) <= {200, 429} and codes.count(200) >= 256 and is_settled(background)      # as many as may wait, at least
 
 
 def trained_like(d_model: int = 288):
@@ -556,16 +638,17 @@ def served(folder):
     process, url = start(folder)
     yield process, url
     process.terminate()
-    assert process.wait(15) == 0
+    assert process.wait(PATIENCE) == 0
     log = process.stderr.read()
     assert "Traceback" not in log, log[-2000:]
 
 
 def test_small_answers_do_not_wait_for_acknowledgements(served):
-    """40 ms a packet, when the kernel collects small ones."""
-    with httpx.Client() as http:
-        http.get(served[1] + "/health")
-        assert times_of(lambda: http.get(served[1] + "/health"), 50)[50] < 30
+    """40 ms a packet, when the kernel collects small ones: then none is fast; otherwise some are, on a busy machine too."""
+    with httpx.Client(timeout=PATIENCE) as http:
+        ask = lambda: http.get(served[1] + "/health")
+        times_of(ask, 20)                                                            # the first packets of a connection are never collected
+        assert times_of(ask, 50)[10] < 30
 
 
 @pytest.mark.slow

@@ -474,7 +474,7 @@ def test_package_is_what_the_notebooks_export(tmp_path):
     (tmp_path / "slm").mkdir()
     shutil.copy(ROOT / "slm" / "__init__.py", tmp_path / "slm")           # the one file of the package that is written by hand
     command = [sys.executable, "-c", "from nbdev.doclinks import nbdev_export; nbdev_export()"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-2000:]
     ours, fresh = ({p.name for p in (base / "slm").glob("*.py")} for base in (ROOT, tmp_path))
     assert ours == fresh, f"left behind in slm/: {sorted(ours - fresh)}; missing in slm/: {sorted(fresh - ours)}"
