@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from slm import optim  # noqa: F401 (the worker reads it)
 from slm.config import ModelConfig, override, rng, seed_everything
 from slm.model import TransformerLM
 from slm.optim import AdamW, TrainConfig  # noqa: F401 (the worker reads it)
@@ -39,10 +40,12 @@ for kind in ("ddp", "fsdp"):
     t.go(out / f"one-{kind}", [f"parallel={kind}"])                      # begun by one process, goes on with two
     with contextlib.suppress(RuntimeError):
         t.go(out / f"{kind}-one", [f"parallel={kind}"], on_step=boom)    # begun by two, and cut
-plain = t.AdamW.__init__
+plain, kernel, calls = t.AdamW.__init__, t.optim.fused_adamw, []
+t.optim.fused_adamw = lambda *args: calls.append(1) or kernel(*args)
 for fused in (False, True):                                              # as on a CUDA device, where the kernel is the default
     t.AdamW.__init__ = functools.partialmethod(plain, fused=fused)
     t.go(out / f"fused-{fused}", ["parallel=fsdp", "optimizer=adamw"])
+    (out / f"calls-{fused}").write_text(str(len(calls)))
 """
 
 
@@ -116,6 +119,7 @@ def test_the_fused_kernel_is_the_same_rule_on_shards(runs):
     """PyTorch's AdamW kernel on the shards of FSDP2 gives the curve of the readable update."""
     readable, fused = (losses(runs / f"fused-{way}") for way in (False, True))
     assert fused == pytest.approx(readable, rel=1e-6) and fused[-1] != fused[0]
+    assert (runs / "calls-False").read_text() == "0" and int((runs / "calls-True").read_text()) >= len(fused)
 
 
 def test_random_numbers_are_saved_for_every_process(runs):
