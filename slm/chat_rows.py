@@ -119,7 +119,7 @@ def pack_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
 
 # %% ../nbs/60d_chat_rows.ipynb #d16b5f68
 def row_length(lengths: list[int], context_length: int) -> int:
-    "The row that best-fit packing fills best: from 3/4 of the context (or the longest item, if longer) to all of it; of equals the longest."
+    "The row that best-fit packing fills best: from 3/4 of the context (or the longest item, if more) to all of it; of equals the longest."
     shortest = max(max(lengths), context_length * 3 // 4)
     choices = np.unique(np.linspace(shortest, context_length, 129).round().astype(int)).tolist()
     some = lengths[:1_000]
