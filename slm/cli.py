@@ -108,7 +108,7 @@ def check_passes(name: str, words: list[str], timeout: float) -> bool:
 # %% ../nbs/98z_cli.ipynb #58ebe69a
 @command(app, "test", only=Word("Run one check alone: export, ruff, notebooks, pytest."),
          minutes=Word("Time limit of each check.", low=0.1))
-def test_command(*, only: Optional[str] = None, minutes: float = 20) -> None:
+def test_command(*, only: Optional[str] = None, minutes: float = 40) -> None:
     """Check the project itself, from the root of the repository.
 
     Export up to date, lint, every notebook, every test; exit code 0 when all is well.
