@@ -12,7 +12,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from .config import ConfigError, ModelConfig, config_hash, did_you_mean, override, seed_everything, to_dict
@@ -20,11 +19,11 @@ from .files import read_json, write_json
 from .model import TransformerLM
 from .optim import TrainConfig
 from .steps import MAY_CHANGE
-from .trials import Letters, held_out_nats, run_trial, window_batches
+from .trials import Letters, held_out_nats, mean_interval, run_trial, window_batches
 
 # %% auto #0
-__all__ = ['STUDENT', 'parse_axes', 'variants', 'Base', 'small_base', 'recipe', 'run_recipe', 'run_key', 'ablate', 'shown',
-           'mean_interval', 'compare', 'ablation_text', 'plot_ablation']
+__all__ = ['parse_axes', 'variants', 'Base', 'small_base', 'recipe', 'run_recipe', 'run_key', 'ablate', 'shown', 'compare',
+           'ablation_text', 'plot_ablation']
 
 # %% ../nbs/58a_ablate.ipynb #cea818fb
 def parse_axes(words: list[str]) -> dict[str, list[str]]:
@@ -103,16 +102,6 @@ def ablate(axes: dict[str, list[str]], letters: Letters, base: Base, seeds: int 
 def shown(value: float | None, digits: int = 3) -> str:
     "A number as text; *diverged* for None."
     return "diverged" if value is None else f"{value:.{digits}f}"
-
-# %% ../nbs/58a_ablate.ipynb #b2d1d17d
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)     # 95 %, two-sided, for 1 to 10 degrees of freedom
-
-def mean_interval(values: list[float]) -> tuple[float, float]:
-    "(mean, half the width of its 95 % interval); infinite for a single value."
-    n = len(values)
-    if n < 2: return float(np.mean(values)), math.inf
-    t = STUDENT[n - 2] if n - 2 < len(STUDENT) else 1.96 * (1 + 1 / (n - 1))
-    return float(np.mean(values)), float(t * np.std(values, ddof=1) / math.sqrt(n))
 
 # %% ../nbs/58a_ablate.ipynb #fc96c387
 def compare(rows: list[dict]) -> list[dict]:

@@ -92,7 +92,7 @@ CHECKS: dict[str, tuple[str, list[str]]] = {
     "export": ("slm/ is what the notebooks export", ["-m", "pytest", "tests/test_style.py", "-k", "package_is_what"]),
     "ruff": ("no lint", ["-m", "ruff", "check", "--output-format", "concise", "."]),
     "notebooks": ("every notebook runs", ["-c", "from nbdev.test import nbdev_test; nbdev_test(n_workers=2)"]),
-    "pytest": ("every test passes", ["-m", "pytest", "-n", "2", "--dist", "loadfile"]),
+    "pytest": ("every test passes", ["-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]),
 }
 
 def check_passes(name: str, words: list[str], timeout: float) -> bool:

@@ -128,8 +128,9 @@ def bench_loss_command(source: str, *, tokens: int = 250_000, share: float = 0.2
 
 # %% ../nbs/98e_lab_cli.ipynb #efa4f0c5
 @command(bench_app, "recipe", seconds=Word("Processor seconds of every try.", low=0.01), docs=Word("Stories to learn from.", low=50),
+         seeds=Word("Seeds with which the best try meets the recipe at full length.", low=0),
          out=Word("JSON file of finished tries; the same command goes on from there.", "o"))
-def bench_recipe_command(*, seconds: float = 30, docs: int = 3000, settings: list[str] = (),
+def bench_recipe_command(*, seconds: float = 30, docs: int = 3000, seeds: int = 0, settings: list[str] = (),
                          out: Path = Path("checkpoints/recipe.json")) -> None:
     """Try the recipe of slm run against its neighbours.
 
@@ -137,9 +138,11 @@ def bench_recipe_command(*, seconds: float = 30, docs: int = 3000, settings: lis
 
     \b
     slm bench recipe --seconds 60
+    slm bench recipe --seconds 120 --seeds 3
     """
     from slm.recipe import bench_recipe, recipe_text
-    result = bench_recipe(out, seconds, docs, settings, lambda line: write(line + "\n"))
+    from slm.stages import RUN_PRESETS
+    result = bench_recipe(out, seconds, docs, settings, lambda line: write(line + "\n"), RUN_PRESETS["story"].pretrain.steps, seeds)
     keep(out, result)
     write(recipe_text(result) + "\n")
 

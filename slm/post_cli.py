@@ -84,12 +84,13 @@ DPO_WORDS = SHARED | dict(
 GRPO_WORDS = dict(
     lora=LORA, on_bad=ON_BAD, rows=ROWS, prompts=Word(f"Conversations up to a question: {FILES}"),
     reward=Word("judge (of the story world), or MODULE:FUNCTION of (messages, answer) → number."),
+    max_new_tokens=Word("Stop an answer after this many tokens.", low=1),
     group=Word("Answers to each prompt, which are compared.", low=2), prompts_per_step=Word("Prompts in a step.", low=1),
     clip=Word("How far a token's probability may move in one round: 1 ± clip.", low=0), kl=Word("Weight of the KL to the start.", low=0),
     updates=Word("Steps made with the answers of one round.", low=1),
     held_out=Word("Prompts kept back, whose mean reward is logged.", low=0))
 JUDGE_WORDS = dict(
-    models=Word("NAME=CHECKPOINT, two or more, in the order of their making."), prompts=Word("Held-out prompts.", "n", low=1),
+    models=Word("NAME=CHECKPOINT, two or more, in the order of their making."), prompts=Word("Held-out prompts.", low=1),
     docs=Word("Held-out stories for bits per byte.", low=1),
     pairs=Word("Preference pairs (rows as for slm dpo): count the failures in which they differ."),
     kept=Word("Folder for answers; what is there is not asked again."),

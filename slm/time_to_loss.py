@@ -209,13 +209,13 @@ class Budget:
 class Comparison(Budget):
     "Both sides tuned within a budget, then racing."
 
-    def attempt(self, side: str, train: TrainConfig) -> dict:
-        "One try, kept; its last point and the curve."
+    def attempt(self, side: str, train: TrainConfig, shelf: str = "tries") -> dict:
+        "One try, kept on a shelf; its last point and the curve."
         def run() -> dict:
             curve = list(points_of(side, train, self.shape, self.pieces))
             self.say(f"{curve[-1]['bits']:.4f} bits a byte  {curve[-1]['seconds']:6.1f} s  {named(side, train)}")
             return curve[-1] | {"curve": curve}
-        return self.kept.get("tries", named(side, train), run)
+        return self.kept.get(shelf, named(side, train), run)
 
     def best(self) -> dict[str, TrainConfig]:
         "Both sides tuned, the baseline first."

@@ -3,12 +3,16 @@ import os
 
 import pytest
 
+# Files of a minute and more come first, so that no worker is left with one when the rest is done; --no-loadscope-reorder keeps this order.
+LONGEST = ("test_run.py", "test_resume.py", "test_data.py", "test_serve.py", "test_posttrain_cli.py", "test_distributed.py")
+
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; runs only with SLM_SLOW=1")
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if not os.environ.get("SLM_SLOW"):
         for item in items:
             if item.get_closest_marker("slow"):

@@ -63,6 +63,8 @@ def test_help_teaches(words, command):
     text = expect_ok(" ".join((*words, "--help")))
     assert "\n  slm " + " ".join(words) in text, "no example"
     assert command.help.split("\n")[0].endswith(".") and len(command.help.split("\n")[0]) < 70
+    short = [word for parameter in command.params for word in parameter.opts if len(word) == 2]
+    assert len(short) == len(set(short)), f"one letter, two meanings: {sorted(short)}"
     for parameter in command.params:
         assert parameter.help, f"{parameter.name} is not explained"
         if parameter.default not in (None, (), [], False) and not callable(parameter.default):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from slm.ablate import ablate, compare, mean_interval, parse_axes, recipe, small_base, variants
+from slm.ablate import ablate, compare, parse_axes, recipe, small_base, variants
 from slm.config import ConfigError, ModelConfig, SLMError, seed_everything
 from slm.counting import count_parameters
 from slm.doctor import CHECKS, REMEDIES, Patient, examine, run_numbers
@@ -18,7 +18,7 @@ from slm.optim import NEWTON_SCHULZ, TrainConfig, orthogonalize
 from slm.scaling import bootstrap_laws, power_law, predict, rung, size_of
 from slm.shakespeare import OURS, REFERENCE, fit_steps, our_shape, reference_shape
 from slm.storyworld import stories
-from slm.trials import cost_to_reach, held_out_nats, held_out_windows, split_letters, window_batches
+from slm.trials import cost_to_reach, held_out_nats, held_out_windows, mean_interval, split_letters, window_batches
 
 RESULTS = Path(__file__).resolve().parents[1] / "nbs" / "results"
 
