@@ -92,9 +92,9 @@ def train_hooks(run: Run) -> dict[str, Callable]:
 
 # %% ../nbs/97c_makers.ipynb #adbbfb14
 def pretrain_rows(run: Run, step: int) -> tuple[int, int]:
-    "(rows, tokens in a row) of one pretraining step: short rows first, in the last tenth of the steps as long as the model's context."
+    "(rows, tokens in a row) of one pretraining step: short rows first, in the second half of the steps as long as the model's context."
     c = run.config.pretrain
-    longer = max(1, run.config.model.context_length // c.context_length) if step >= 0.9 * c.steps else 1
+    longer = max(1, run.config.model.context_length // c.context_length) if step >= c.steps / 2 else 1
     return max(1, c.batch_size // longer), c.context_length * longer
 
 # %% ../nbs/97c_makers.ipynb #a629895a
@@ -111,7 +111,7 @@ def make_pretrain(run: Run) -> str:
     return f"{model.num_parameters():,} parameters, {done['tokens']:,} tokens, {done['tokens_per_second']:,.0f} tokens/s"
 
 # %% ../nbs/97c_makers.ipynb #c10b26a9
-SFT_TASKS = {"write": 10, "question": 2, "name": 1, "continue": 1, "rewrite": 1, "then_question": 1}  # shares of the tasks
+SFT_TASKS = {"write": 10, "quiz": 4, "name": 1, "continue": 1, "rewrite": 1, "then_question": 1}  # shares of the tasks
 CONTINUE = "Continue this text: "
 
 def continuations(run: Run, n: int) -> list[dict]:

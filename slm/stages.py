@@ -51,7 +51,7 @@ RUN_PRESETS: dict[str, RunConfig] = {
     "story": RunConfig(
         model=PRESETS["story"],
         pretrain=_training(400, 8, 256, eval_every=40, sample_every=200),
-        sft=_training(860, 4, 512),
+        sft=_training(930, 4, 512),
         dpo=_training(30, 16, 512, lr=6e-4, muon_lr=1.2e-3)),
     "text": RunConfig(
         model=PRESETS["story"],
@@ -130,7 +130,7 @@ class Stage:
 # %% ../nbs/97a_stages.ipynb #fe8926a7
 def _pretrain_settings(run: Run) -> list:  # with the seed where the text does not carry it, unless it is the usual one
     seed = [] if run.story or not run.config.seed else [run.config.seed]
-    return [to_dict(run.config.model), to_dict(run.config.pretrain), "long rows last", *seed]
+    return [to_dict(run.config.model), to_dict(run.config.pretrain), "long rows in the second half", *seed]
 
 STAGES: dict[str, Stage] = {s.name: s for s in (
     Stage("corpus", (), lambda run: [run_source(run).fingerprint(), run.config.corpus_bytes, run.config.val_docs]),

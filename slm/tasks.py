@@ -6,8 +6,8 @@
 __all__ = ['WRITE', 'QUESTIONS', 'CONTINUE', 'REWRITE', 'QUESTION', 'NAME', 'FOLLOW', 'NAME_AGAIN', 'SHAPES', 'MAKERS',
            'ANSWER_WITH_STORY', 'MIXTURE', 'LIMIT', 'Dice', 'user', 'assistant', 'ask_for', 'shape', 'parse_request',
            'split_title', 'fill', 'questions', 'Replayer', 'Copyist', 'retell', 'write_task', 'question_task',
-           'hero_answer', 'name_task', 'continue_task', 'rewrite_task', 'then_question_task', 'then_write_task',
-           'last_story', 'understand', 'instruction', 'instructions', 'eval_prompts']
+           'hero_answer', 'name_task', 'continue_task', 'quiz_task', 'rewrite_task', 'then_question_task',
+           'then_write_task', 'last_story', 'understand', 'instruction', 'instructions', 'eval_prompts']
 
 # %% ../nbs/40f_tasks.ipynb #76adcc3e
 import re
@@ -201,6 +201,15 @@ def continue_task(told: Story, dice: Dice) -> list[dict[str, str]]:
     cut = dice.choose(ends[2:-2])
     return [user(dice.choose(CONTINUE).replace("TEXT", told.text[:cut])), assistant(told.text[cut:].strip())]
 
+# %% ../nbs/40f_tasks.ipynb #3332ee6d
+def quiz_task(told: Story, dice: Dice) -> list[dict[str, str]]:
+    "A story and a question about it, then three other questions, all with their answers."
+    asked, left = [], questions(told.facts)
+    while len(asked) < 4:
+        asked.append(left.pop(dice.choose(range(len(left)))))
+    first = dice.choose(QUESTION).replace("ASK", asked[0][0]).replace("TEXT", told.text)
+    return [turn for i, (question, answer, _) in enumerate(asked) for turn in (user(question if i else first), assistant(answer))]
+
 # %% ../nbs/40f_tasks.ipynb #4565657c
 def rewrite_task(told: Story, dice: Dice) -> list[dict[str, str]]:
     "A story, and the same one with another hero."
@@ -230,8 +239,14 @@ SHAPES = tuple((task, phrasing)
 
 
 def last_story(turns: Sequence[dict[str, str]]) -> str | None:
-    "The newest story (a text in paragraphs) that the assistant has told."
-    return next((turn["content"] for turn in reversed(turns) if turn["role"] == "assistant" and "\n\n" in turn["content"]), None)
+    "The newest story of a conversation: a text in paragraphs that the assistant has told, or one that a question brought along."
+    for turn in reversed(turns):
+        if turn["role"] == "assistant" and "\n\n" in turn["content"]:
+            return turn["content"]
+        match = turn["role"] == "user" and next(filter(None, (shape(phrasing).fullmatch(turn["content"]) for phrasing in QUESTION)), None)
+        if match:
+            return match["TEXT"]
+    return None
 
 
 def understand(prompt: str | Sequence[dict[str, str]]) -> dict[str, str] | None:
@@ -250,9 +265,9 @@ def understand(prompt: str | Sequence[dict[str, str]]) -> dict[str, str] | None:
 
 # %% ../nbs/40f_tasks.ipynb #fda39390
 MAKERS = {"write": write_task, "question": question_task, "name": name_task, "continue": continue_task, "rewrite": rewrite_task,
-          "then_question": then_question_task, "then_write": then_write_task}
+          "then_question": then_question_task, "then_write": then_write_task, "quiz": quiz_task}
 ANSWER_WITH_STORY = ("write", "then_question")   # a story that was asked for has no title: the request is one
-MIXTURE = {"write": 12, "question": 4, "continue": 3, "rewrite": 2, "name": 2, "then_question": 3, "then_write": 1}
+MIXTURE = {"write": 12, "question": 4, "continue": 3, "rewrite": 2, "name": 2, "then_question": 3, "then_write": 1, "quiz": 0}
 LIMIT = 1900
 
 
