@@ -21,16 +21,16 @@ from .pretrain import bits_per_byte, lm_loss, read_log, train
 from .quantize import size_bytes
 from .sample import LM, load
 from .sft import build_sft, sft
-from .stages import Run, run_source
+from .stages import SFT_TASKS, Run, run_source
 from .tasks import instruction
 from .text import SPECIAL_TOKENS
 from .tokenizer import BPETokenizer, load_tokenizer
 
 # %% auto #0
-__all__ = ['SFT_TASKS', 'CONTINUE', 'MAX_ANSWER', 'JUDGE_TEMPERATURE', 'PAIR_TEMPERATURE', 'MAKERS', 'make_corpus',
-           'train_tokenizer', 'save_tokenizer', 'make_tokenizer', 'run_tokenizer', 'make_pack', 'val_docs', 'floor',
-           'train_hooks', 'pretrain_rows', 'make_pretrain', 'continuations', 'chats', 'make_sft', 'ranked_pairs',
-           'run_pairs', 'make_dpo', 'make_int8']
+__all__ = ['CONTINUE', 'MAX_ANSWER', 'JUDGE_TEMPERATURE', 'PAIR_TEMPERATURE', 'MAKERS', 'make_corpus', 'train_tokenizer',
+           'save_tokenizer', 'make_tokenizer', 'run_tokenizer', 'make_pack', 'val_docs', 'floor', 'train_hooks',
+           'pretrain_rows', 'make_pretrain', 'continuations', 'chats', 'make_sft', 'ranked_pairs', 'run_pairs',
+           'make_dpo', 'make_int8']
 
 # %% ../nbs/97c_makers.ipynb #84b6ae69
 def make_corpus(run: Run) -> str:
@@ -111,7 +111,6 @@ def make_pretrain(run: Run) -> str:
     return f"{model.num_parameters():,} parameters, {done['tokens']:,} tokens, {done['tokens_per_second']:,.0f} tokens/s"
 
 # %% ../nbs/97c_makers.ipynb #c10b26a9
-SFT_TASKS = {"write": 10, "quiz": 4, "name": 1, "continue": 1, "rewrite": 1, "then_question": 1}  # shares of the tasks
 CONTINUE = "Continue this text: "
 
 def continuations(run: Run, n: int) -> list[dict]:

@@ -20,7 +20,8 @@ from .optim import TrainConfig
 from .source_list import named_source
 
 # %% auto #0
-__all__ = ['RUN_PRESETS', 'STAGES', 'RunConfig', 'scale', 'Run', 'run_source', 'Stage', 'with_dependents', 'stage_key']
+__all__ = ['SFT_TASKS', 'RUN_PRESETS', 'STAGES', 'RunConfig', 'scale', 'Run', 'run_source', 'Stage', 'with_dependents',
+           'stage_key']
 
 # %% ../nbs/97a_stages.ipynb #8d56035b
 @dataclass(frozen=True)
@@ -47,17 +48,19 @@ def _training(steps: int, batch_size: int, context_length: int, lr: float = 1e-2
     return TrainConfig(steps=steps, batch_size=batch_size, context_length=context_length, lr=lr, muon_lr=muon_lr,
                        warmup_steps=max(1, steps // 50), decay_fraction=0.5, **more)
 
+SFT_TASKS = {"write": 10, "quiz": 4, "name": 1, "continue": 1, "rewrite": 1, "then_question": 1}  # shares of the tasks
+
 RUN_PRESETS: dict[str, RunConfig] = {
     "story": RunConfig(
         model=PRESETS["story"],
         pretrain=_training(400, 8, 256, eval_every=40, sample_every=200),
-        sft=_training(930, 4, 512),
-        dpo=_training(30, 16, 512, lr=6e-4, muon_lr=1.2e-3)),
+        sft=_training(960, 4, 512, lr=4e-3, muon_lr=8e-3),
+        dpo=_training(24, 16, 512, lr=5e-4, muon_lr=1e-3)),
     "text": RunConfig(
         model=PRESETS["story"],
         pretrain=_training(800, 8, 256, eval_every=40, sample_every=200),
-        sft=_training(320, 4, 512),
-        dpo=_training(30, 16, 512, lr=6e-4, muon_lr=1.2e-3),
+        sft=_training(320, 4, 512, lr=4e-3, muon_lr=8e-3),
+        dpo=_training(24, 16, 512, lr=5e-4, muon_lr=1e-3),
         dpo_prompts=100, judge_prompts=120),
     "tiny": RunConfig(
         model=PRESETS["tiny"],
@@ -137,7 +140,7 @@ STAGES: dict[str, Stage] = {s.name: s for s in (
     Stage("tokenizer", ("corpus",), lambda run: run.config.model.vocab_size),
     Stage("pack", ("corpus", "tokenizer")),
     Stage("pretrain", ("pack", "tokenizer"), _pretrain_settings, trains=True),
-    Stage("sft", ("pretrain", "tokenizer", "corpus"), lambda run: [run.config.sft_chats, to_dict(run.config.sft)], trains=True),
+    Stage("sft", ("pretrain", "tokenizer", "corpus"), lambda run: [SFT_TASKS, run.config.sft_chats, to_dict(run.config.sft)], trains=True),
     Stage("dpo", ("sft", "tokenizer"), lambda run: [run.config.dpo_prompts, run.config.dpo_samples, run.config.dpo_beta,
                                                     run.config.dpo_sft_weight, to_dict(run.config.dpo)], trains=True),
     Stage("int8", ("dpo",)),
