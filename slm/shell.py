@@ -85,7 +85,7 @@ class OneSentence(TyperGroup):
             raise Stopped(str(error)) from error
 
     def list_commands(self, ctx: object) -> list[str]:
-        """Names in the order of the chapters, not of their definition."""
+        """Names in the order of `ORDER`, what is wanted most first; names that are not in it come last."""
         names = super().list_commands(ctx)
         return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
 
