@@ -68,13 +68,11 @@ def run_recipe(chosen: Base, letters: Letters, seed: int, held_out: int = 20_000
     "Train one recipe with one seed; {val, seconds, parameters, norm, curve}: None for what is no number, `norm` the largest gradient."
     seed_everything(seed)
     model, norms, c = TransformerLM(chosen.model), [], chosen.train
-    judge = lambda m: held_out_nats(m, letters.val[:held_out], c.context_length)
     batch_at = window_batches(letters.train, c.batch_size, c.context_length, seed)
     curve = run_trial(model, batch_at, c, points=10, watch=lambda record: norms.append(record["grad_norm"]))
-    val, top = judge(model), max(norms)
     plain = lambda x: x if math.isfinite(x) else None
-    return {"val": plain(val), "seconds": curve[-1]["seconds"], "parameters": model.num_parameters(), "norm": plain(top),
-            "curve": [plain(point["loss"]) for point in curve]}
+    return {"val": plain(held_out_nats(model, letters.val[:held_out], c.context_length)), "seconds": curve[-1]["seconds"],
+            "parameters": model.num_parameters(), "norm": plain(max(norms)), "curve": [plain(point["loss"]) for point in curve]}
 
 # %% ../nbs/58a_ablate.ipynb #3426cd97
 def run_key(chosen: Base, letters: Letters, seed: int) -> str:

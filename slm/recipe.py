@@ -34,13 +34,11 @@ def sweep(comparison: Comparison, seconds: float, start: TrainConfig = OURS, gri
 
 # %% ../nbs/57c_recipe.ipynb #f03ef084
 def finals(comparison: Comparison, rival: TrainConfig, steps: int, seeds: int, ours: TrainConfig = OURS) -> dict:
-    "Both plans with `steps` updates and seeds 1, 2, …, in turns: bits a byte of each, and the rival's mean difference with half its 95 % interval."
-    bits = {"ours": [], "rival": []}
-    for seed in range(1, seeds + 1):
-        for name, plan in (("ours", ours), ("rival", rival)):
-            bits[name].append(comparison.attempt("slm", replace(with_steps(plan, steps), seed=seed), "finals")["bits"])
-    mean, half = mean_interval([theirs - mine for mine, theirs in zip(*bits.values(), strict=True)])
-    return {"steps": steps, "seeds": seeds, "rival": named("slm", rival), **bits, "difference": mean, "half": half}
+    "Both with `steps` updates and seeds 1, 2, …: pairs of bits a byte, the mean of rival minus ours, half its 95 % interval."
+    ask = lambda plan, seed: comparison.attempt("slm", replace(with_steps(plan, steps), seed=seed), "finals")["bits"]
+    pairs = [[ask(ours, seed), ask(rival, seed)] for seed in range(1, seeds + 1)]
+    mean, half = mean_interval([theirs - mine for mine, theirs in pairs])
+    return {"steps": steps, "pairs": pairs, "difference": mean, "half": half}
 
 # %% ../nbs/57c_recipe.ipynb #42ed1639
 def bench_recipe(out: Path | None = None, seconds: float = 30.0, docs: int = 3000, settings: list[str] = (),
@@ -66,7 +64,6 @@ def recipe_text(result: dict) -> str:
     lines = [f"{bits:.3f} bits a byte  {tokens:9,} tokens {seconds:6.1f} s  {words}" for bits, tokens, seconds, words in tries]
     lines += [f"best: {about['best']}", f"the recipe: {about['recipe']}"]
     if match := about.get("finals"):
-        ours, rival = (" ".join(f"{bits:.3f}" for bits in match[name]) for name in ("ours", "rival"))
-        lines += [f"finals, {match['steps']} steps, {match['seeds']} seeds: the recipe {ours}, the best {rival}",
-                  f"the best minus the recipe: {match['difference']:+.4f} ± {match['half']:.4f} bits a byte"]
+        lines += [f"finals of {match['steps']} steps: the recipe {mine:.3f}, the best {theirs:.3f}" for mine, theirs in match["pairs"]]
+        lines.append(f"the best minus the recipe: {match['difference']:+.4f} ± {match['half']:.4f} bits a byte")
     return "\n".join(lines)
