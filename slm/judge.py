@@ -19,7 +19,7 @@ from functools import lru_cache
 from .language import Alt, Literal, Pick, Slot, StoryError, Teller, compile_plans, definite, readings
 from .lexicon import WORDS
 from .plots import PLOTS
-from .storyworld import ENDINGS, Story, finished, parsed_share, possible, read, story, tell
+from .storyworld import ENDINGS, ENDS, Story, finished, parsed_share, possible, read, story, tell
 from slm.tasks import (
     LIMIT, QUESTION, WRITE, Dice, ask_for, eval_prompts, instruction, instructions, questions, retell, split_title,
     understand, user,
@@ -172,11 +172,13 @@ def right_answer(answer: str, question: str, word: str, slot: str) -> bool:
 
 # %% ../nbs/40g_judge.ipynb #ffa48c7e
 def judge_answer(asked: dict[str, str], answer: str) -> bool:
-    "Is a question about a story, or the question for its hero, answered rightly? False when the text is no story of this world."
+    "Is a question about a story, or for its hero, or how it ends, answered rightly? False when the text is no story of this world."
     found = next(readings(asked["TEXT"], tell), None)
     facts = finished(found).facts if found else {}
     if asked["task"] == "name":
         return bool(facts) and right_answer(answer, "", facts["N"], "name")
+    if asked["task"] == "ending":
+        return bool(facts) and [name for name, words in ENDS.items() if words in answer] == [facts["ending"]]
     slot = next((slot for question, _, slot in questions(facts) if question == asked["ASK"]), None) if facts else None
     return slot is not None and right_answer(answer, asked["ASK"], facts[slot], slot)
 

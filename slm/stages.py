@@ -54,7 +54,7 @@ RUN_PRESETS: dict[str, RunConfig] = {
     "story": RunConfig(
         model=PRESETS["story"],
         pretrain=_training(400, 8, 256, eval_every=40, sample_every=200),
-        sft=_training(880, 4, 512, lr=4e-3, muon_lr=8e-3),
+        sft=_training(960, 4, 512, lr=4e-3, muon_lr=8e-3),
         dpo=_training(24, 16, 512, lr=5e-4, muon_lr=1e-3)),
     "text": RunConfig(
         model=PRESETS["story"],
