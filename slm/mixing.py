@@ -149,5 +149,6 @@ def draw_mixture(mixture: Mixture) -> object:
         [line] = ax.plot(course.sum(1) / 1000, course[:, i] / course.sum(1), label=part.source.name, lw=1.5)
         ax.axhline(part.share / sum(part.share for part in mixture.parts), color=line.get_color(), ls="--", lw=0.8)
     ax.set(xscale="log", xlabel=f"thousand {mixture.by} so far", ylabel=f"share of the {mixture.by}", ylim=(0, 1))
+    ax.xaxis.set_minor_formatter("")
     ax.legend(frameon=False, fontsize=8); fig.tight_layout()
     return fig
