@@ -196,15 +196,13 @@ def scale_command(widths: Optional[list[int]] = None, *, text: Path, steps: int 
 # %% ../nbs/98e_lab_cli.ipynb #b840ce55
 def patient_of(pack_dir: Path, preset_name: str, settings: list[str], **plan) -> object:
     """The run that `slm pretrain` would begin, as a `Patient`."""
-    from slm.config import ConfigError, override, preset, seed_everything
+    from slm.config import override, preset, seed_everything
     from slm.data import Pack
     from slm.doctor import Patient
+    from slm.make import split_settings
     from slm.model import TransformerLM
     from slm.optim import TrainConfig
-    groups = {part: [word.partition(".")[2] for word in settings if word.startswith(f"{part}.")] for part in ("model", "train")}
-    if len(settings) > sum(map(len, groups.values())):
-        raise ConfigError("--set names no setting: write --set model.NAME=VALUE or --set train.NAME=VALUE")
-    pack = Pack(pack_dir)
+    pack, groups = Pack(pack_dir), split_settings(settings)
     config = override(TrainConfig(**plan), groups["train"])
     seed_everything(config.seed)
     model = TransformerLM(override(preset(preset_name), [f"vocab_size={pack.metadata['vocab_size']}", *groups["model"]]))

@@ -135,13 +135,14 @@ def split_settings(settings: Iterable[str], known: tuple[str, ...] = ("model", "
         groups[group].append(rest)
     return groups
 
-def training_config(settings: Iterable[str], **values) -> object:
-    """A TrainConfig of `values`, warm-up and evaluation fitted to the number of steps, with the train.* settings on top."""
+def training_config(settings: Iterable[str], known: tuple[str, ...] = ("model", "train"), **values) -> object:
+    """A TrainConfig of `values`, warm-up and evaluation fitted to the number of steps, with the train.* settings on top.
+    Raises ConfigError for prefixes not `known`."""
     from slm.config import override
     from slm.pretrain import TrainConfig
     steps = values["steps"]
     config = TrainConfig(**values, warmup_steps=min(max(1, steps // 20), steps - 1), eval_every=max(1, steps // 10))
-    return override(config, split_settings(settings, ("model", "train", "lora"))["train"])
+    return override(config, split_settings(settings, known)["train"])
 
 # %% ../nbs/98b_make.ipynb #b07286c7
 def announce(out: Path, summary: dict, quiet: bool = False) -> None:

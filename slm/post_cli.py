@@ -106,7 +106,7 @@ def make_ready(base: Path, text: str, kind: str, adapter: tuple, rows: tuple, se
     from slm.sample import find_checkpoint
     from slm.tokenizer import load_tokenizer
     lora, start = adapter_of(*adapter, settings), find_checkpoint(base)
-    config, (wanted, share, on_bad) = training_config(settings, **values), rows
+    config, (wanted, share, on_bad) = training_config(settings, ("model", "train", "lora"), **values), rows
     train, kept = keep_back(read_mixture(text, kind, wanted, config.seed, on_bad), share)
     return start, load_tokenizer(start), lora, config, train, kept
 
