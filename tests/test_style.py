@@ -16,7 +16,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import nbformat
@@ -97,7 +97,7 @@ class Notebook:
         return f"{self.name} cell {cell.index} ({first.strip()[:60]!r})"
 
 
-@lru_cache
+@cache
 def read(path: Path) -> Notebook:
     raw = nbformat.read(path, 4)
     cells = [Cell(i, c.cell_type, c.source, c.get("outputs", [])) for i, c in enumerate(raw.cells)]
@@ -404,6 +404,7 @@ def import_order(nb: Notebook, owner: dict[str, str]) -> list[str]:
 
 
 # ----------------------------------------------------------------------------------------------------- the real notebooks
+@cache
 def owners() -> dict[str, str]:
     return {module: path.stem for path in NOTEBOOKS for module in read(path).modules}
 
