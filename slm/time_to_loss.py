@@ -109,7 +109,8 @@ SIDES = {"gpt2": start_gpt2, "slm": start_slm}
 THEIRS = TrainConfig(batch_size=8, optimizer="adamw", precision="float32", lr=2e-3, weight_decay=0.1, schedule="cosine")
 OURS = TrainConfig(batch_size=8, optimizer="muon", lr=1e-2, muon_lr=0.02, schedule="wsd", decay_fraction=0.5)
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
-GRID = {"gpt2": [("lr", RATES), ("batch_size", (1, 2, 4, 8, 16)), ("lr", RATES), ("schedule", ("cosine", "wsd"))],
+GRID = {"gpt2": [("lr", RATES), ("batch_size", (1, 2, 4, 8, 16)), ("lr", RATES), ("schedule", ("cosine", "wsd")),
+                 ("decay_fraction", (0.3, 0.5, 0.75, 1.0))],
         "slm": [("muon_lr", (0.01, 0.02, 0.04, 0.08)), ("batch_size", (1, 2, 4, 8, 16, 32)), ("lr", (3e-3, 1e-2, 3e-2, 1e-1)),
                 ("muon_lr", (0.01, 0.02, 0.04, 0.08)), ("schedule", ("wsd", "cosine")), ("decay_fraction", (0.5, 0.75, 1.0)),
                 ("optimizer", ("muon", "adamw"))]}

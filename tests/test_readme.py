@@ -53,7 +53,7 @@ def test_speeds_are_those_of_the_stored_benches():
     file = next(row for row in stored("encoder_10mb") if row["task"] == "file" and row["text"] == "as given")
     assert file["same"] and f"encoding a cold file {file['ratio']:.0f} times as fast as tiktoken" in README
     shares = [crossing(race["curves"]) or math.inf for race in stored("time_to_loss")["races"].values()]
-    assert len(shares) == 3 and 0.2 < median(shares) < 0.3
+    assert len(shares) == 5 and 0.2 < median(shares) < 0.25
     assert "a tuned GPT-2's final loss in about a quarter of its processor time" in README
 
 
