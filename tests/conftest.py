@@ -1,5 +1,6 @@
 """Tests marked `slow` run only when asked for: SLM_SLOW=1 pytest."""
 import os
+import signal
 
 import pytest
 
@@ -9,6 +10,8 @@ LONGEST = ("test_run.py", "test_resume.py", "test_data.py", "test_serve.py", "te
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; runs only with SLM_SLOW=1")
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:      # a shell starts `command &` so, and every test of Ctrl-C would wait in vain
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):
