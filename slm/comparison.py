@@ -10,10 +10,10 @@ import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 from .artifacts import artifact_id
@@ -26,6 +26,9 @@ from .measure import measure_by_domain
 from .sample import LM, find_checkpoint, load
 from .storyworld import stories
 from .strategies import Sampling
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['ANSWER', 'write_fast', 'mean_reward', 'held_out_stories', 'examine', 'interval', 'duel', 'failures',
@@ -173,6 +176,7 @@ def duel_table(result: dict) -> str:
 # %% ../nbs/94g_comparison.ipynb #ffdc1d0b
 def draw_comparison(result: dict) -> Figure:
     "Left: each criterion's share by model, with intervals. Right: overall score against bits per byte, one arrow from model to model."
+    from matplotlib.figure import Figure
     models, names = result["models"], list(dict.fromkeys(c for m in result["models"].values() for c in m["score"]["criteria"]))
     fig = Figure(figsize=(9, 3), layout="constrained", dpi=75)
     left, right = fig.subplots(1, 2, width_ratios=[2, 1])

@@ -9,9 +9,9 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .adapting import check_kept, fine_tune
@@ -31,6 +31,9 @@ from .pretrain import read_log
 from .sft import load_base
 from .steps import autocast
 from .tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['DPO_PANELS', 'in_order', 'evaluate_preferences', 'with_earlier', 'prepared', 'live_objective', 'held_out_metrics',
@@ -132,6 +135,7 @@ def draw_column(ax: object, log: list[dict], name: str) -> None:
 
 def plot_dpo(run_dir: str | Path) -> Figure:
     "The four pictures of a DPO run: loss, accuracy, rewards with their margin, and what both answers gained or lost since the start."
+    from matplotlib.figure import Figure
     log, fig = read_log(run_dir), Figure(figsize=(8, 2.5), layout="constrained", dpi=75)
     for ax, (title, names, start) in zip(fig.subplots(1, 4), DPO_PANELS):
         ax.axhline(start, color="black", ls=":", lw=0.8)

@@ -8,14 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from .config import SLMError
 from .loss import document_bits, ratio_interval
 from .sample import LM
 from .sources import DataError, open_source, visible_files
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['HELD_OUT', 'framed', 'summarise', 'document_marks', 'by_domain', 'measure_by_domain', 'measure', 'domain_table',
@@ -83,6 +86,7 @@ def domain_table(found: dict[str, dict]) -> str:
 # %% ../nbs/94b_measure.ipynb #42558b6b
 def rows_figure(names: list[str], xlabel: str) -> tuple[Figure, object]:
     "A figure, and axes with a row for each name, the first on top: row number y from above is at height y."
+    from matplotlib.figure import Figure
     fig = Figure(figsize=(6.6, 0.8 + 0.36 * len(names)), dpi=90, layout="constrained")
     ax = fig.subplots()
     ax.set(yticks=range(len(names)), yticklabels=names, xlabel=xlabel, ylim=(len(names) - 0.4, -0.6))

@@ -12,8 +12,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -28,6 +28,9 @@ from .runs import COUNTERS, Run, begin, due, resume, save, save_due
 from .sinks import SinkList
 from .steps import (Interrupted, OutOfMemory, Signals, TrainingError, append_log, data_fingerprint, finite, lm_loss, looking, read_lines,
                        read_log, rng_state, set_rng_state, training_step)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% auto #0
 __all__ = ['MEASURES', 'attempt', 'roll_back', 'refuse_step', 'advance', 'look', 'note_best', 'Display', 'summary', 'train',
@@ -218,6 +221,7 @@ def load_model(path: str | Path) -> tuple[TransformerLM, Checkpoint]:
 # %% ../nbs/53_pretrain.ipynb #1197da2e
 def plot_training(run_dir: str | Path, floor: float | None = None) -> Figure:
     "The log in pictures: loss; evaluation, with the floor that no model can go below; gradient norm and learning rate."
+    from matplotlib.figure import Figure
     log = read_log(run_dir)
     points = lambda name: list(zip(*[(r["step"], r[name]) for r in log if r.get(name) is not None], strict=True)) or [(), ()]
     looked = next((name for name in ("bits_per_byte", "val_loss", "val_dpo_loss") if points(name)[0]), None)

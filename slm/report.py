@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from .artifacts import atomic_dir
 from .comparison import cut, duel, trained_against
@@ -25,6 +24,9 @@ from .sample import load
 from .stages import STAGES, Run
 from .tasks import eval_prompts
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # %% auto #0
 __all__ = ['MODELS', 'REPORT', 'plot_loss', 'plot_judge', 'score_text', 'plot_time', 'quote', 'report_parts', 'report_text',
            'judged', 'bits_of', 'samples_of', 'collect', 'make_report']
@@ -32,6 +34,7 @@ __all__ = ['MODELS', 'REPORT', 'plot_loss', 'plot_judge', 'score_text', 'plot_ti
 # %% ../nbs/97d_report.ipynb #f1e1ed7f
 def plot_loss(curve: list[dict], bits: dict) -> Figure:
     "Held-out bits per byte during pretraining against the number of tokens, with the floor where it is known."
+    from matplotlib.figure import Figure
     fig = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
     ax = fig.subplots()
     ax.plot([row["tokens"] / 1e6 for row in curve], [row["bits_per_byte"] for row in curve], "o-", ms=3, label="the model, held-out text")
@@ -47,6 +50,7 @@ def plot_loss(curve: list[dict], bits: dict) -> Figure:
 # %% ../nbs/97d_report.ipynb #ade8515c
 def plot_judge(scores: dict) -> Figure:
     "The judge's score of each model, by criterion and overall, with 95 % intervals."
+    from matplotlib.figure import Figure
     names = ["overall", *next(iter(scores.values()))["criteria"]]
     fig = Figure(figsize=(8, 3.6), dpi=100, layout="constrained")
     ax = fig.subplots()
@@ -68,6 +72,7 @@ def score_text(score: dict) -> str:
 # %% ../nbs/97d_report.ipynb #0b5cffd0
 def plot_time(seconds: dict[str, float]) -> Figure:
     "Seconds by stage, the first on top."
+    from matplotlib.figure import Figure
     fig = Figure(figsize=(6.4, 2.6), dpi=100, layout="constrained")
     ax = fig.subplots()
     ax.barh(list(seconds)[::-1], list(seconds.values())[::-1])

@@ -138,13 +138,17 @@ def seconds_in_turns(steps: dict[str, Callable], batches: list, rounds: int = 5,
                      clock: Callable[[], float] = time.perf_counter, choose: Callable = median) -> dict[str, float]:
     "Seconds of one step, the median (or `choose`) over rounds, everybody in turn; each round goes on to the next of `batches`."
     names, times = list(steps), {name: [] for name in steps}
-    for turn in range(rounds):
-        gc.collect()
-        for name in names[turn % len(names):] + names[:turn % len(names)]:
-            begin = clock()
-            for i in range(each): steps[name](batches[(turn * each + i) % len(batches)])
-            if torch.cuda.is_available(): torch.cuda.synchronize()
-            times[name].append((clock() - begin) / each)
+    gc.freeze()                                    # collections look through what the steps made, not through all of Python
+    try:
+        for turn in range(rounds):
+            gc.collect()
+            for name in names[turn % len(names):] + names[:turn % len(names)]:
+                begin = clock()
+                for i in range(each): steps[name](batches[(turn * each + i) % len(batches)])
+                if torch.cuda.is_available(): torch.cuda.synchronize()
+                times[name].append((clock() - begin) / each)
+    finally:
+        gc.unfreeze()
     return {name: choose(values) for name, values in times.items()}
 
 # %% ../nbs/56b_train_bench.ipynb #f3b04192
