@@ -5,8 +5,7 @@
 # %% ../nbs/97d_report.ipynb #ea86bf8c
 from __future__ import annotations
 
-import math
-import statistics
+import math, statistics
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,18 +23,22 @@ from .sample import load
 from .stages import STAGES, Run
 from .tasks import eval_prompts
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+if TYPE_CHECKING: from matplotlib.figure import Figure
 
 # %% auto #0
-__all__ = ['MODELS', 'REPORT', 'plot_loss', 'plot_judge', 'score_text', 'plot_time', 'quote', 'report_parts', 'report_text',
-           'judged', 'bits_of', 'samples_of', 'collect', 'make_report']
+__all__ = ['MODELS', 'REPORT', 'empty_figure', 'plot_loss', 'plot_judge', 'score_text', 'plot_time', 'quote', 'report_parts',
+           'report_text', 'judged', 'bits_of', 'samples_of', 'collect', 'make_report']
+
+# %% ../nbs/97d_report.ipynb #d3ffedf4
+def empty_figure(width: float, height: float) -> Figure:
+    "So many inches. matplotlib takes half a second to import, and only a run that has come this far needs it."
+    from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 # %% ../nbs/97d_report.ipynb #f1e1ed7f
 def plot_loss(curve: list[dict], bits: dict) -> Figure:
     "Held-out bits per byte during pretraining against the number of tokens, with the floor where it is known."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(6.4, 3.6), dpi=100, layout="constrained")
+    fig = empty_figure(6.4, 3.6)
     ax = fig.subplots()
     ax.plot([row["tokens"] / 1e6 for row in curve], [row["bits_per_byte"] for row in curve], "o-", ms=3, label="the model, held-out text")
     if bits["floor"] is not None:
@@ -50,9 +53,8 @@ def plot_loss(curve: list[dict], bits: dict) -> Figure:
 # %% ../nbs/97d_report.ipynb #ade8515c
 def plot_judge(scores: dict) -> Figure:
     "The judge's score of each model, by criterion and overall, with 95 % intervals."
-    from matplotlib.figure import Figure
     names = ["overall", *next(iter(scores.values()))["criteria"]]
-    fig = Figure(figsize=(8, 3.6), dpi=100, layout="constrained")
+    fig = empty_figure(8, 3.6)
     ax = fig.subplots()
     for i, (model, s) in enumerate(scores.items()):
         rows = [s if n == "overall" else s["criteria"].get(n, {}) for n in names]
@@ -72,8 +74,7 @@ def score_text(score: dict) -> str:
 # %% ../nbs/97d_report.ipynb #0b5cffd0
 def plot_time(seconds: dict[str, float]) -> Figure:
     "Seconds by stage, the first on top."
-    from matplotlib.figure import Figure
-    fig = Figure(figsize=(6.4, 2.6), dpi=100, layout="constrained")
+    fig = empty_figure(6.4, 2.6)
     ax = fig.subplots()
     ax.barh(list(seconds)[::-1], list(seconds.values())[::-1])
     ax.set(xlabel="seconds", title=f"{sum(seconds.values()) / 60:.1f} minutes in all")
@@ -193,7 +194,7 @@ def bits_of(run: Run) -> dict[str, float | None]:
     return {"floor": floor(run), "val": bpb["base"], "val_low": found["base"]["low"], "val_high": found["base"]["high"],
             "int8": bpb["base_int8"], "after_sft": bpb["sft"], "after_dpo": bpb["dpo"], "final_int8": bpb["int8"]}
 
-# %% ../nbs/97d_report.ipynb #16486ec8
+# %% ../nbs/97d_report.ipynb #0daf0d94
 def samples_of(run: Run) -> dict:
     "The same requests put to every model: one free story, and the first held-out prompts."
     prompts, seed = eval_prompts(run.config.seed, 3), run.config.seed
@@ -202,6 +203,7 @@ def samples_of(run: Run) -> dict:
     asked = [{"prompt": prompt[-1]["content"], **{name: answers[name][i] for name in MODELS}} for i, prompt in enumerate(prompts)]
     return {"story": {name: writes(stage) for name, stage in MODELS.items()}, "asked": asked}
 
+# %% ../nbs/97d_report.ipynb #16486ec8
 def collect(run: Run) -> dict:
     "Everything the report says, as plain data: this becomes report.json."
     log, base, final = read_log(run.path("pretrain")), load(output(run, "pretrain")), load(run.path("int8"))
