@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from threading import Event, Lock
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from .strategies import Past, SampleError, Sampling, pick_tokens, sample_token, 
 
 # %% auto #0
 __all__ = ['generate_naive', 'pad_left', 'check_prompts', 'forbid', 'fulfils', 'Answers', 'predict', 'uniform_rows', 'seeds_of',
-           'SideBySide', 'Decoder', 'Progress', 'similar_lengths', 'generate_ids']
+           'SideBySide', 'Decoder', 'Progress', 'similar_lengths', 'spread', 'generate_ids']
 
 # %% ../nbs/91_decode.ipynb #b9dd0296
 @torch.inference_mode()
@@ -181,23 +183,43 @@ def similar_lengths(prompts: list[list[int]], batch_size: int) -> list[list[int]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     return [order[first:first + batch_size] for first in range(0, len(order), batch_size)]
 
+# %% ../nbs/91_decode.ipynb #9192aa7a
+def spread(work: Callable[[list[int]], None], groups: list[list[int]], cores: int, stop: Event) -> None:
+    "`work` on each group, one after the other, or on `cores` threads that use a core each. When one fails, or at Ctrl-C, `stop` is set."
+    if min(len(groups), cores) < 2:
+        for group in groups: work(group)
+        return
+    before, pool = torch.get_num_threads(), ThreadPoolExecutor(min(len(groups), cores))
+    torch.set_num_threads(1)
+    try:
+        for done in as_completed([pool.submit(work, group) for group in groups]): done.result()
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(before)
+
 # %% ../nbs/91_decode.ipynb #5971c766
 def generate_ids(
     model: TransformerLM, prompts: list[list[int]], sampling: Sampling | None = None, stop_ids: tuple[int, ...] = (),
     seeds: list[int] | None = None, progress: bool = False, batch_size: int = 64,  # one seed a prompt; None: sampling.seed + number
     n_vocab: int | None = None,                                          # ids from here on are never chosen
-    on_token: Callable[[int, int], bool] = lambda prompt, token: False,  # told of every token; True ends that answer
+    on_token: Callable[[int, int], bool] = lambda prompt, token: False,  # told of every token, by any thread; True ends that answer
     constraint: object = None,                                           # holds every answer to a language (chapter 91j)
 ) -> list[list[int]]:
     "The new ids of each prompt, without the stop id that ended them. Raises `SampleError`."
     sampling, answers, bar = sampling or Sampling(), [[] for _ in prompts], Progress(len(prompts), progress)
-    seeds = seeds_of(seeds, len(prompts), sampling.seed)
+    seeds, stop, one_by_one = seeds_of(seeds, len(prompts), sampling.seed), Event(), Lock()
     check_prompts(prompts, model.config.context_length)
-    for group in similar_lengths(prompts, batch_size):
+
+    def write(group: list[int]) -> None:
         decoder = Decoder(model, [prompts[i] for i in group], sampling, stop_ids, [seeds[i] for i in group], n_vocab, constraint)
-        while going := decoder.answers.active:
+        while (going := decoder.answers.active) and not stop.is_set():
             for row, token in decoder.step():
                 answers[group[row]].append(token)
                 if on_token(group[row], token): decoder.answers.end(row)
-            bar.add(going - decoder.answers.active)
+            with one_by_one: bar.add(going - decoder.answers.active)
+
+    shared = constraint is not None or model.training        # what one step changes for all: a constraint's finds, `model.eval()`
+    cores = 1 if shared or next(model.parameters()).device.type != "cpu" else torch.get_num_threads()
+    spread(write, similar_lengths(prompts, batch_size), cores, stop)
     return answers
