@@ -53,8 +53,8 @@ SFT_TASKS = {"write": 10, "quiz": 4, "name": 1, "continue": 1, "rewrite": 1, "th
 RUN_PRESETS: dict[str, RunConfig] = {
     "story": RunConfig(
         model=PRESETS["story"],
-        pretrain=_training(300, 8, 256, eval_every=30, sample_every=150),
-        sft=_training(840, 4, 512, lr=4e-3, muon_lr=8e-3),
+        pretrain=_training(400, 8, 256, eval_every=40, sample_every=200),
+        sft=_training(960, 4, 512, lr=4e-3, muon_lr=8e-3),
         dpo=_training(24, 16, 512, lr=5e-4, muon_lr=1e-3)),
     "text": RunConfig(
         model=PRESETS["story"],

@@ -49,7 +49,8 @@ def fits(text: str, *, json_schema=None, regex=None, choices=None) -> bool:
         return text in choices
     if regex is not None:
         return re.fullmatch(regex, text) is not None
-    import jsonschema                                     # seconds, which every worker would wait that collects this file
+    import jsonschema  # takes seconds, which at the top every worker would wait that collects this file
+
     jsonschema.validate(json.loads(text), json_schema)
     return True
 
