@@ -9,15 +9,18 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
+
 from .files import explain_os_error, run_lock
 from .ground import SLMError, choose_precision, did_you_mean, pick_device
 from .makers import MAKERS
-from .pipeline import bring_up_to_date, why_not_done
+from .pipeline import bring_up_to_date
 from .report import make_report
 from .stages import RUN_PRESETS, STAGES, Run, RunConfig, run_source, scale, with_dependents
 
 # %% auto #0
-__all__ = ['run_preset', 'run_name', 'run_config', 'plan_run', 'slow_machine', 'run_pipeline']
+__all__ = ['CORE_SPEED', 'run_preset', 'run_name', 'run_config', 'plan_run', 'machine_kind', 'budget_share', 'fit_to',
+           'shortened', 'run_pipeline']
 
 # %% ../nbs/97e_run.ipynb #a25b6f7c
 def run_preset(preset: str | None, corpus: str) -> str:
@@ -52,13 +55,31 @@ def plan_run(name: str | None = None, preset: str | None = None, corpus: str = "
     return run
 
 # %% ../nbs/97e_run.ipynb #2baae451
-def slow_machine(run: Run) -> str | None:
-    "What to say to somebody who will wait longer than the preset's minutes; None where training is done, or the machine as measured."
-    precision, reason = choose_precision("auto", device := pick_device())
-    if device.type != "cpu" or precision == "bfloat16" or run.config.minutes < 1 or why_not_done(run, "pretrain") is None:
-        return None
-    return (f"{reason}, so on two cores expect clearly more than the {run.config.minutes:g} minutes; "
-            f"`--minutes {0.3 * run.config.minutes:.2g}` asks for less, and makes a weaker model")
+CORE_SPEED = {"bfloat16": 1.0, "AVX512": 0.5}   # training of one core by what it multiplies; anything else: 0.25
+
+def machine_kind() -> tuple[int, str]:
+    "(threads, what they multiply: bfloat16, AVX512, AVX2, …) of the CPU that trains; (2, bfloat16), the measure, for a GPU."
+    if (device := pick_device()).type != "cpu":
+        return 2, "bfloat16"
+    fast = choose_precision("auto", device)[0] == "bfloat16"
+    return torch.get_num_threads(), "bfloat16" if fast else torch.backends.cpu.get_cpu_capability()
+
+def budget_share(run: Run, threads: int, kind: str) -> float:
+    "The share of its budget that a run has on such a machine, at most 1, or had on the machine where it began."
+    share = min(1.0, threads / 2 * CORE_SPEED.get(kind, 0.25)) if run.config.minutes >= 0.5 else 1.0
+    return run.record("machine").get("share", share)
+
+# %% ../nbs/97e_run.ipynb #e420d171
+def fit_to(run: Run, share: float) -> Run:
+    "The same run with that share of its budget, for the same minutes."
+    config = dataclasses.replace(scale(run.config, run.config.minutes * share), minutes=run.config.minutes)
+    return dataclasses.replace(run, config=config if share < 1 else run.config)
+
+def shortened(run: Run, share: float) -> str:
+    "What to say of a run that has only a share of its budget."
+    minutes = run.config.minutes
+    return (f"planned with {share:.0%} of the training that two cores with bfloat16 do in {minutes:g} minutes, to keep the time on "
+            f"this machine; --minutes {minutes / share:g} trains as much as they do")
 
 # %% ../nbs/97e_run.ipynb #64c4646b
 def run_pipeline(name: str | None = None, preset: str | None = None, corpus: str = "storyworld", minutes: float | None = None,
@@ -71,8 +92,11 @@ def run_pipeline(name: str | None = None, preset: str | None = None, corpus: str
     try:
         run.dir.mkdir(parents=True, exist_ok=True)
         with run_lock(run.dir):
-            if said := slow_machine(run):
-                run.say(said)
+            if (share := budget_share(run, *machine_kind())) < 1:
+                run.say(shortened(run, share))
+            if not run.record("machine"):
+                run.note("machine", share=share)
+            run = fit_to(run, share)
             worked = [bring_up_to_date(run, stage, makers[stage], stage in forced) for stage in STAGES]
     except OSError as error:
         raise explain_os_error(error, run.dir) from error

@@ -72,14 +72,16 @@ RUN_PRESETS: dict[str, RunConfig] = {
 
 # %% ../nbs/97a_stages.ipynb #03bb54ab
 def scale(config: RunConfig, minutes: float) -> RunConfig:
-    "The same run with every budget multiplied by `minutes / config.minutes`. Raises `SLMError` for minutes that are not a positive number."
+    "The same run with its budgets multiplied by about `minutes / config.minutes`. Raises `SLMError` unless `minutes` is a positive number."
     if not (math.isfinite(minutes) and minutes > 0):
         raise SLMError(f"minutes must be a positive number, got {minutes}: try --minutes {config.minutes:g}")
     factor = minutes / config.minutes
-    more = lambda n, least: max(least, round(n * factor))
-    stage = lambda c: dataclasses.replace(c, steps=more(c.steps, 4), warmup_steps=max(1, more(c.steps, 4) // 50))
+    more = lambda n, least, power=1.0: max(least, round(n * factor**power))
+    def stage(c: TrainConfig, power: float = 1.0) -> TrainConfig:
+        steps = more(c.steps, 4, power)
+        return dataclasses.replace(c, steps=steps, warmup_steps=max(1, steps // 50))
     return dataclasses.replace(
-        config, minutes=minutes, pretrain=stage(config.pretrain), sft=stage(config.sft), dpo=stage(config.dpo),
+        config, minutes=minutes, pretrain=stage(config.pretrain, 0.75), sft=stage(config.sft, 1.1), dpo=stage(config.dpo),
         corpus_bytes=more(config.corpus_bytes, 200_000), sft_chats=more(config.sft_chats, 40), dpo_prompts=more(config.dpo_prompts, 8))
 
 # %% ../nbs/97a_stages.ipynb #aa6b7117
