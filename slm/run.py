@@ -19,8 +19,8 @@ from .report import make_report
 from .stages import RUN_PRESETS, STAGES, Run, RunConfig, run_source, scale, with_dependents
 
 # %% auto #0
-__all__ = ['CORE_SPEED', 'run_preset', 'run_name', 'run_config', 'plan_run', 'machine_kind', 'budget_share', 'fit_to',
-           'shortened', 'run_pipeline']
+__all__ = ['CORE_SPEED', 'ALL_START', 'run_preset', 'run_name', 'run_config', 'plan_run', 'machine_kind', 'budget_share',
+           'fit_to', 'shortened', 'run_pipeline']
 
 # %% ../nbs/97e_run.ipynb #a25b6f7c
 def run_preset(preset: str | None, corpus: str) -> str:
@@ -56,6 +56,7 @@ def plan_run(name: str | None = None, preset: str | None = None, corpus: str = "
 
 # %% ../nbs/97e_run.ipynb #2baae451
 CORE_SPEED = {"bfloat16": 1.0, "AVX512": 0.5}   # training of one core by what it multiplies; anything else: 0.25
+ALL_START = 0.5   # minutes under which a run is mostly start-up, and stays as it is
 
 def machine_kind() -> tuple[int, str]:
     "(threads, what they multiply: bfloat16, AVX512, AVX2, …) of the CPU that trains; (2, bfloat16), the measure, for a GPU."
@@ -66,8 +67,9 @@ def machine_kind() -> tuple[int, str]:
 
 def budget_share(run: Run, threads: int, kind: str) -> float:
     "The share of its budget that a run has on such a machine, at most 1, or had on the machine where it began."
-    share = min(1.0, threads / 2 * CORE_SPEED.get(kind, 0.25)) if run.config.minutes >= 0.5 else 1.0
-    return run.record("machine").get("share", share)
+    if run.config.minutes < ALL_START:
+        return 1.0
+    return run.record("machine").get("share", min(1.0, threads / 2 * CORE_SPEED.get(kind, 0.25)))
 
 # %% ../nbs/97e_run.ipynb #e420d171
 def fit_to(run: Run, share: float) -> Run:
@@ -94,7 +96,7 @@ def run_pipeline(name: str | None = None, preset: str | None = None, corpus: str
         with run_lock(run.dir):
             if (share := budget_share(run, *machine_kind())) < 1:
                 run.say(shortened(run, share))
-            if not run.record("machine"):
+            if run.config.minutes >= ALL_START and not run.record("machine"):
                 run.note("machine", share=share)
             run = fit_to(run, share)
             worked = [bring_up_to_date(run, stage, makers[stage], stage in forced) for stage in STAGES]
