@@ -21,8 +21,8 @@ from .model import TransformerLM
 from .strategies import Past, SampleError, Sampling, pick_tokens, sample_token, shape_logits
 
 # %% auto #0
-__all__ = ['generate_naive', 'pad_left', 'check_prompts', 'forbid', 'fulfils', 'Answers', 'predict', 'uniform_rows', 'seeds_of',
-           'SideBySide', 'Decoder', 'Progress', 'similar_lengths', 'spread', 'generate_ids']
+__all__ = ['AT_ONCE', 'generate_naive', 'pad_left', 'check_prompts', 'forbid', 'fulfils', 'Answers', 'predict', 'uniform_rows',
+           'seeds_of', 'SideBySide', 'Decoder', 'Progress', 'similar_lengths', 'spread', 'generate_ids']
 
 # %% ../nbs/91_decode.ipynb #b9dd0296
 @torch.inference_mode()
@@ -184,13 +184,15 @@ def similar_lengths(prompts: list[list[int]], batch_size: int) -> list[list[int]
     return [order[first:first + batch_size] for first in range(0, len(order), batch_size)]
 
 # %% ../nbs/91_decode.ipynb #9192aa7a
+AT_ONCE = 4  # groups written at a time, at most: each has a cache of its own
+
 def spread(work: Callable[[list[int]], None], groups: list[list[int]], cores: int, stop: Event) -> None:
-    "`work` on each group, one after the other, or on `cores` threads that use a core each. When one fails, or at Ctrl-C, `stop` is set."
-    if min(len(groups), cores) < 2:
+    "`work` on each group: on threads that share the cores, or one after the other. When one fails, or at Ctrl-C, `stop` is set."
+    if (workers := min(len(groups), cores, AT_ONCE)) < 2:
         for group in groups: work(group)
         return
-    before, pool = torch.get_num_threads(), ThreadPoolExecutor(min(len(groups), cores))
-    torch.set_num_threads(1)
+    before, pool = torch.get_num_threads(), ThreadPoolExecutor(workers)
+    torch.set_num_threads(cores // workers)
     try:
         for done in as_completed([pool.submit(work, group) for group in groups]): done.result()
     finally:

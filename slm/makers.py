@@ -156,15 +156,15 @@ def ranked_pairs(lm: LM, prompts: list[list[dict]], n_samples: int, seed: int) -
 
 # %% ../nbs/97c_makers.ipynb #57600b3e
 def run_pairs(run: Run) -> list[dict]:
-    "Preference pairs for this run, a batch at least; kept in dpo/pairs.json."
+    "Preference pairs for this run, at least half as many as prompts; kept in dpo/pairs.json."
     kept = run.path("dpo") / "pairs.json"
     if kept.exists():
         return read_json(kept)["pairs"]
     c, lm = run.config, load(output(run, "sft"))
     prompts = [instruction(f"dpo-{c.seed}", i, {"write": 1})["messages"][:-1] for i in range(c.dpo_prompts)]
     pairs = ranked_pairs(lm, prompts, c.dpo_samples, c.seed)
-    if len(pairs) < c.dpo.batch_size:
-        pairs += preferences(c.seed, c.dpo.batch_size)
+    if len(pairs) < c.dpo_prompts / 2:
+        pairs += preferences(c.seed, c.dpo_prompts - len(pairs))
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_json(kept, {"pairs": pairs})
     return pairs

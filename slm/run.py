@@ -55,7 +55,7 @@ def plan_run(name: str | None = None, preset: str | None = None, corpus: str = "
     return run
 
 # %% ../nbs/97e_run.ipynb #2baae451
-CORE_SPEED = {"bfloat16": 1.0, "AVX512": 0.5}   # training of one core by what it multiplies; anything else: 0.25
+CORE_SPEED = {"bfloat16": 1.0, "AVX512": 0.5, "AVX2": 0.4}   # training of one core by what it multiplies; anything else: 0.25
 ALL_START = 0.5   # minutes under which a run is mostly start-up, and stays as it is
 
 def machine_kind() -> tuple[int, str]:

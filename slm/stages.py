@@ -77,11 +77,14 @@ def scale(config: RunConfig, minutes: float) -> RunConfig:
         raise SLMError(f"minutes must be a positive number, got {minutes}: try --minutes {config.minutes:g}")
     factor = minutes / config.minutes
     more = lambda n, least, power=1.0: max(least, round(n * factor**power))
-    def stage(c: TrainConfig, power: float = 1.0) -> TrainConfig:
+    powers = (0.65, 1.2, 0.0) if factor < 1 else (1.0, 1.0, 1.0)
+    def stage(c: TrainConfig, power: float) -> TrainConfig:
         steps = more(c.steps, 4, power)
         return dataclasses.replace(c, steps=steps, warmup_steps=max(1, steps // 50))
+    pretrain, sft, dpo = map(stage, (config.pretrain, config.sft, config.dpo), powers)
+    dpo = dataclasses.replace(dpo, batch_size=more(dpo.batch_size, 4, 1 - powers[2]))
     return dataclasses.replace(
-        config, minutes=minutes, pretrain=stage(config.pretrain, 0.75), sft=stage(config.sft, 1.1), dpo=stage(config.dpo),
+        config, minutes=minutes, pretrain=pretrain, sft=sft, dpo=dpo,
         corpus_bytes=more(config.corpus_bytes, 200_000), sft_chats=more(config.sft_chats, 40), dpo_prompts=more(config.dpo_prompts, 8))
 
 # %% ../nbs/97a_stages.ipynb #aa6b7117

@@ -38,6 +38,9 @@ def test_figures_are_those_of_the_report():
         assert f"{100 * judge[model]['overall']:.0f} %" in README
     assert f"{REPORT['parameters']:,}" in README
     assert f"{sum(REPORT['seconds'].values()) / 60:.1f} in all" in README
+    old = json.loads((ROOT / "nbs" / "results" / "story_avx2.json").read_text(encoding="utf-8"))
+    bits, scores = old["bits_per_byte"], " → ".join(f"{100 * old['judge'][model]['overall']:.0f} %" for model in ("base", "sft", "dpo"))
+    assert f"{bits['val']:.3f} bits per byte, {bits['val'] - bits['floor']:.3f} above the floor, and {scores}" in README
 
 
 def test_speeds_are_those_of_the_stored_benches():

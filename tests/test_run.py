@@ -136,6 +136,29 @@ def test_stopped_says_how_to_go_on_and_the_bill_holds_every_visit(calm, tmp_path
     assert 1000 < json.loads((tmp_path / "t" / "report.json").read_text())["seconds"]["pretrain"] < 1100
 
 
+def test_a_run_keeps_its_plan_on_another_kind_of_machine(tmp_path, monkeypatch, capsys):
+    """Begun where half the budget fits and stopped before SFT, it goes on with that half where all of it would fit."""
+    import slm.run
+    from slm.ground import SLMError
+
+    def no_further(_): raise SLMError("no further")
+
+    def visit(kind: str, out: Path) -> str:
+        monkeypatch.setattr(slm.run, "machine_kind", lambda: (2, kind))
+        with pytest.raises(SLMError, match="no further"):
+            slm.run.run_pipeline("t", preset="tiny", minutes=float(MINUTES), out=out)
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(slm.run, "ALL_START", 0.0)
+    monkeypatch.setitem(slm.run.MAKERS, "sft", no_further)
+    said, before = visit("AVX512", tmp_path / "moved"), weights(tmp_path / "moved")
+    assert "planned with 50%" in said and before
+    said = visit("bfloat16", tmp_path / "moved")
+    assert "planned with 50%" in said and said.count("up to date") == 4 and weights(tmp_path / "moved") == before
+    assert "planned" not in visit("bfloat16", tmp_path / "stayed")
+    assert steps_logged(tmp_path / "stayed") > steps_logged(tmp_path / "moved") > 0
+
+
 def test_another_seed_gives_other_bits(calm, tmp_path):
     assert hurt(tmp_path, "in_stage('sft', 0)", "--seed", "1").returncode == -signal.SIGKILL       # pretraining is enough to tell
     assert weights(tmp_path) and not set(weights(tmp_path).values()) & set(weights(calm).values())
