@@ -72,10 +72,11 @@ def budget_share(run: Run, threads: int, kind: str) -> float:
     return run.record("machine").get("share", min(1.0, threads / 2 * CORE_SPEED.get(kind, 0.25)))
 
 # %% ../nbs/97e_run.ipynb #e420d171
-def fit_to(run: Run, share: float) -> Run:
-    "The same run with that share of its budget, for the same minutes."
-    config = dataclasses.replace(scale(run.config, run.config.minutes * share), minutes=run.config.minutes)
-    return dataclasses.replace(run, config=config if share < 1 else run.config)
+def fit_to(run: Run, share: float, preset: str) -> Run:
+    "The same run with that share of its budget, for the same minutes: its preset turned to both at once."
+    c = run.config
+    config = dataclasses.replace(run_config(preset, c.minutes * share, c.seed, c.model.vocab_size), minutes=c.minutes)
+    return dataclasses.replace(run, config=config if share < 1 else c)
 
 def shortened(run: Run, share: float) -> str:
     "What to say of a run that has only a share of its budget."
@@ -98,7 +99,7 @@ def run_pipeline(name: str | None = None, preset: str | None = None, corpus: str
                 run.say(shortened(run, share))
             if run.config.minutes >= ALL_START and not run.record("machine"):
                 run.note("machine", share=share)
-            run = fit_to(run, share)
+            run = fit_to(run, share, run_preset(preset, corpus))
             worked = [bring_up_to_date(run, stage, makers[stage], stage in forced) for stage in STAGES]
     except OSError as error:
         raise explain_os_error(error, run.dir) from error
