@@ -19,16 +19,20 @@ from .report import make_report
 from .stages import RUN_PRESETS, STAGES, Run, RunConfig, run_source, scale, with_dependents
 
 # %% auto #0
-__all__ = ['CORE_SPEED', 'ALL_START', 'run_preset', 'run_name', 'run_config', 'plan_run', 'machine_kind', 'budget_share',
+__all__ = ['TEXTS', 'CORE_SPEED', 'ALL_START', 'run_preset', 'run_name', 'run_config', 'plan_run', 'machine_kind', 'budget_share',
            'fit_to', 'shortened', 'run_pipeline']
 
 # %% ../nbs/97e_run.ipynb #a25b6f7c
+TEXTS = (".txt", ".jsonl", ".parquet")   # a run's name that ends so was meant as its corpus
+
 def run_preset(preset: str | None, corpus: str) -> str:
     "The preset of a run: as given, or `story` for the story world and `text` for any other corpus."
     return preset or ("story" if corpus == "storyworld" else "text")
 
 def run_name(name: str | None, preset: str | None, corpus: str) -> str:
     "The name of a run: as given, or made from the preset and the corpus. Raises `SLMError` for what is no folder's name."
+    if name is not None and Path(name).suffix in TEXTS:
+        raise SLMError(f"{name!r} is the name of a text, not of a run: give it as --corpus {name}")
     if name is None:
         name = run_preset(preset, corpus) if corpus == "storyworld" else Path(corpus).stem or Path(corpus).name
     if Path(name).name != name or name.startswith("."):
