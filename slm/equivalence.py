@@ -22,7 +22,7 @@ from .reference import slow_logits
 # %% auto #0
 __all__ = ['BASE', 'STRETCH', 'LAYOUTS', 'PATHS', 'TOLERANCE', 'TRAINING_PATHS', 'random_model', 'naive_path', 'fused_path',
            'matmul_path', 'in_pieces', 'cached_path', 'chunked_path', 'padded_path', 'packed_path', 'lend_to_adapters',
-           'adapted_path', 'merged_path', 'recomputed_path', 'bfloat16_path', 'tolerance', 'deviation',
+           'adapted_path', 'merged_path', 'recomputed_path', 'bfloat16_path', 'tolerance', 'deviation', 'gradient_of',
            'gradient_deviation', 'equivalence_matrix', 'broken_cells', 'matrix_text', 'compiled_path']
 
 # %% ../nbs/34_equivalence.ipynb #052a8df1
@@ -157,27 +157,28 @@ def deviation(result: Tensor, expected: Tensor) -> float:
     return worst if math.isfinite(worst) else math.inf
 
 # %% ../nbs/34_equivalence.ipynb #17b5babf
-def gradient_deviation(model: TransformerLM, result: Tensor, expected: Tensor) -> float:
-    "The largest difference of two gradients of a weighed sum of the logits, over all weights, against the largest gradient of each."
-    weights, worst = list(model.parameters()), 0.0
-    direction = torch.linspace(-1, 1, expected.numel()).view_as(expected)
-    pairs = [torch.autograd.grad((direction * y).sum(), weights, retain_graph=True) for y in (result, expected)]
-    for a, b in zip(*pairs, strict=True): worst = max(worst, ((a - b).abs().max() / b.abs().max().clamp_min(1e-6)).item())
-    return worst
+def gradient_of(model: TransformerLM, logits: Tensor) -> tuple[Tensor, ...]:
+    "The gradient of a weighed sum of the logits, for every weight."
+    direction = torch.linspace(-1, 1, logits.numel()).view_as(logits)
+    return torch.autograd.grad((direction * logits).sum(), list(model.parameters()), retain_graph=True)
+
+def gradient_deviation(result: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> float:
+    "The largest difference of two gradients, over all weights, against the largest gradient of each."
+    return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-6)).item() for a, b in zip(result, expected, strict=True))
 
 # %% ../nbs/34_equivalence.ipynb #163df080
 def equivalence_matrix(
     layouts: dict[str, ModelConfig] = LAYOUTS, paths: dict[str, Callable] = PATHS, gradients: bool = False
 ) -> dict[str, dict[str, float | None]]:
     "Deviation of every path from the slow model for every layout, by layout and path; None where a path does not apply."
-    table = {}
+    table, measure = {}, gradient_of if gradients else lambda _, logits: logits
     for name, config in layouts.items():
         model, ids = random_model(config), torch.randint(config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(1))
-        expected, table[name] = torch.stack([slow_logits(model, text) for text in ids]), {}
+        expected, table[name] = measure(model, torch.stack([slow_logits(model, text) for text in ids])), {}
         for path, function in paths.items():
             result = function(use_kernel(model, "auto"), ids)
-            if result is None: table[name][path] = None
-            else: table[name][path] = gradient_deviation(model, result, expected) if gradients else deviation(result, expected)
+            compare = gradient_deviation if gradients else deviation
+            table[name][path] = None if result is None else compare(measure(model, result), expected)
     return table
 
 # %% ../nbs/34_equivalence.ipynb #190d8885

@@ -53,11 +53,11 @@ def power_law(sizes: list[float], losses: list[float]) -> tuple[float, float, fl
     "(E, A, α) of the least-squares fit L ≈ E + A N^(−α). Raises SLMError for fewer than three different sizes."
     n, loss = np.array(sizes, float), np.array(losses, float)
     if len(set(sizes)) < 3: raise SLMError(f"a power law needs three sizes or more, and there are {len(set(sizes))}: climb further")
-    fits = []
-    for e in np.linspace(0, loss.min() * 0.999, 300):
-        slope, height = np.polyfit(np.log(n), np.log(loss - e), 1)
-        fits.append((((e + np.exp(height) * n**slope - loss) ** 2).sum(), e, np.exp(height), -slope))
-    return tuple(float(x) for x in min(fits)[1:])
+    grid = np.linspace(0, loss.min() * 0.999, 300)
+    slopes, heights = np.polyfit(np.log(n), np.log(loss[:, None] - grid), 1)                       # a line for each E
+    errors = ((grid + np.exp(heights) * n[:, None] ** slopes - loss[:, None]) ** 2).sum(0)
+    best = errors.argmin()
+    return float(grid[best]), float(np.exp(heights[best])), float(-slopes[best])
 
 # %% ../nbs/58b_scaling.ipynb #db01f92e
 def bootstrap_laws(rows: list[dict], draws: int = 200) -> np.ndarray:

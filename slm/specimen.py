@@ -5,8 +5,12 @@
 # %% ../nbs/94a_specimen.ipynb #ec0b9a6d
 from __future__ import annotations
 
+import atexit
 import math
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 from .config import ModelConfig
@@ -23,7 +27,7 @@ from .tokenizer import BPETokenizer
 
 # %% auto #0
 __all__ = ['NAMES', 'PLACES', 'THINGS', 'SHAPE', 'gift', 'echo', 'sentence', 'sentences', 'specimen_source', 'prepare_specimen',
-           'make_specimen']
+           'make_specimen', 'specimen']
 
 # %% ../nbs/94a_specimen.ipynb #d4ba5d7f
 NAMES, PLACES = "Mia Tom Ada Ben Zoe Sam Eva Max".split(), "pond wood shop hill".split()
@@ -90,3 +94,11 @@ def make_specimen(folder: str | Path, steps: int = 240, source: Source | None = 
     train(model, lambda step: pack.batch("train", 0, step, 16, 64), lm_loss, config, Path(folder) / "run", parents={"pack": pack.id},
           files={"tokenizer.json": Path(folder) / "tokenizer.json"}, title="specimen", quiet=True, on_step=told)
     return Path(folder) / "run"
+
+# %% ../nbs/94a_specimen.ipynb #725605a3
+@cache
+def specimen() -> Path:
+    "The folder of the specimen as it is above: trained at the first call, the same for everybody in this process. Not to be written to."
+    folder = tempfile.mkdtemp(prefix="slm-specimen-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return make_specimen(folder)

@@ -79,7 +79,7 @@ def fake_hub(sets: dict[str, dict[str, bytes]], gated: tuple[str, ...] = (), tok
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     server.sets, server.gated, server.token, server.asked = sets, gated, token, []
     server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield server
     finally:

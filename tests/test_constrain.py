@@ -1,4 +1,4 @@
-"""Constraints: ten thousand texts judged by `jsonschema` and `re`, brute force, hostile patterns, llguidance, the engine."""
+"""Constraints: thousands of texts judged by `jsonschema` and `re`, brute force, hostile patterns, llguidance, the engine."""
 from __future__ import annotations
 
 import json
@@ -72,8 +72,8 @@ def sample(compiled, tok, n: int, seed: int, temperature: float = 2.0, most: int
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ten_thousand_texts_at_temperature_two_all_fit(tok, name):
-    texts = sample(compile_constraint(tok, **CASES[name]), tok, -(-10_000 // len(CASES)), seed=len(name))
+def test_thousands_of_texts_at_temperature_two_all_fit(tok, name):
+    texts = sample(compile_constraint(tok, **CASES[name]), tok, 600, seed=len(name))
     assert all(fits(text, **CASES[name]) for text in texts)
     assert len(set(texts)) >= len(CASES[name].get("choices", range(100)))             # and they are not always the same
 

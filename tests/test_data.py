@@ -6,11 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from every_format import write_every_format, write_table
+from forks import forks
 
 import slm.cli  # noqa: F401  its commands join the program
 from slm.config import SLMError
@@ -36,18 +38,11 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def start(words: str, cwd: Path, **options) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "import slm.cli, sys; sys.argv[0] = 'slm'; slm.cli.main()", *words.split()]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=cwd, env=environment, **{**quiet, **options})
-
-
-SMALL = "--vocab-size 300 --val-fraction 0.1 --shard-tokens 60000 --part-megabytes 0.02 --workers 1"
+SMALL = "--vocab-size 300 --val-fraction 0.1 --shard-tokens 30000 --part-megabytes 0.02 --workers 1"
 PREPARE = f"data prepare storyworld --megabytes 0.6 {SMALL}"
 MIXED = f"data prepare --sources mix.yml --near-copies 0.9 {SMALL}"
 MIX = """\
-target_total_words: 60000
+target_total_words: 30000
 sources:
 - {name: stories, kind: storyworld, share: 2}
 - {name: rows, kind: file, location: rows.jsonl, filters: [encoding, controls, repetition, "words=5:"], share: 1}
@@ -64,29 +59,32 @@ def write_mix(folder: Path) -> None:
 
 
 FATAL = """if True:
-    import os, signal, sys, threading, time
-    import slm.cli, slm.dedup, slm.splitting, slm.together, slm.tokenizer              # importing is not what is to be killed
-    sys.argv[0], seconds = "slm", sys.argv.pop()
-    if seconds != "never": threading.Timer(float(seconds), os.kill, (os.getpid(), signal.SIGKILL)).start()
-    began = time.perf_counter()
-    try: slm.cli.main()
-    except SystemExit as end: print(time.perf_counter() - began, flush=True), os._exit(end.code or 0)"""
+    import os, signal, sys, threading
+    import slm.cli
+    seconds = float(sys.argv.pop())
+    if seconds: threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    slm.cli.main()"""
 
 
-def prepare(words: str, cwd: Path, seconds: float | str) -> subprocess.CompletedProcess:
-    """`slm data prepare`, which SIGKILL ends so many seconds after it has begun to work; it prints how long it took when it was faster."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    line = [sys.executable, "-c", FATAL, *words.split(), str(seconds)]
-    done = subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True)
-    assert done.returncode in (0, -signal.SIGKILL), done.stderr
-    return done
+@pytest.fixture(scope="module")
+def prepare():
+    """A function that runs `slm data prepare`, which SIGKILL ends so many seconds after it has begun to work (0: never); its exit code."""
+    with forks("datasets", "matplotlib.pyplot", "torch", "slm.cli", "slm.dedup", "slm.splitting", "slm.together", "slm.tokenizer") as run:
+        def prepare(words: str, folder: Path, seconds: float = 0) -> int:
+            done = run(FATAL, [*words.split(), str(seconds)], folder)
+            assert done.returncode in (0, -signal.SIGKILL), done.stderr
+            return done.returncode
+
+        yield prepare
 
 
-def killed_until_done(here: Path, kills: int, moments: random.Random, words: str = PREPARE) -> None:
+def killed_until_done(prepare, here: Path, kills: int, moments: random.Random, words: str = PREPARE) -> None:
     """Kill `slm data prepare` at random moments of its work, then let it finish. A kill that comes too late is repeated, sooner."""
-    took, met = float(prepare(f"{words} --out oracle", here, "never").stdout.split()[-1]), 0
+    began, met = time.perf_counter(), 0
+    assert prepare(f"{words} --out oracle", here) == 0
+    took = time.perf_counter() - began
     for _ in range(kills + 20):
-        if prepare(f"{words} --out killed", here, moments.uniform(0, 1.5 / kills) * took).returncode:
+        if prepare(f"{words} --out killed", here, moments.uniform(0, 1.5 / kills) * took):
             met += 1
         else:
             shutil.rmtree(here / "killed")
@@ -94,35 +92,35 @@ def killed_until_done(here: Path, kills: int, moments: random.Random, words: str
         if met == kills:
             break
     assert met == kills
-    assert prepare(f"{words} --out killed", here, "never").returncode == 0
+    assert prepare(f"{words} --out killed", here) == 0
 
 
-def test_killed_preparation_gives_the_same_bytes(here):
+def test_killed_preparation_gives_the_same_bytes(prepare, here):
     write_mix(here)
-    killed_until_done(here, 3, random.Random(0), MIXED)
+    killed_until_done(prepare, here, 3, random.Random(0), MIXED)
     assert files_of(here / "killed" / "pack") == files_of(here / "oracle" / "pack")
     assert files_of(here / "killed" / "corpus") == files_of(here / "oracle" / "corpus")
     assert not parts_folder(here / "killed" / "pack").exists() and not (here / "killed" / ".parts").exists()
 
 
-def test_any_number_of_workers_gives_the_same_bytes(here):
+def test_any_number_of_workers_gives_the_same_bytes(prepare, here):
+    """One worker in this process, three of another one: which also has another hash seed."""
     write_mix(here)
-    for workers in (1, 3):
-        process = start(f"{MIXED.replace('--workers 1', f'--workers {workers}')} --out by{workers}", here)
-        assert process.wait(600) == 0, process.stderr.read().decode()
-        assert json.loads((here / f"by{workers}/report/stages.json").read_text())["workers"] == workers
+    expect_ok(f"{MIXED} --out by1")
+    assert prepare(f"{MIXED.replace('--workers 1', '--workers 3')} --out by3", here) == 0
+    assert [json.loads((here / f"by{n}/report/stages.json").read_text())["workers"] for n in (1, 3)] == [1, 3]
     for name in ("corpus", "tokenizer", "pack"):
         assert files_of(here / "by1" / name) == files_of(here / "by3" / name), name
     assert len(list((here / "by1" / "pack").glob("*.bin"))) > 2
 
 
 @pytest.mark.slow
-def test_twenty_kills(here):
+def test_twenty_kills(prepare, here):
     for number in range(4):
         (here / str(number)).mkdir()
         write_mix(here / str(number))
         words = (PREPARE, MIXED)[number % 2].replace("--workers 1", f"--workers {1 + number // 2}")
-        killed_until_done(here / str(number), 5, random.Random(number), words)
+        killed_until_done(prepare, here / str(number), 5, random.Random(number), words)
         assert files_of(here / str(number) / "killed" / "pack") == files_of(here / str(number) / "oracle" / "pack")
 
 

@@ -2,14 +2,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forks import forks
 
 from slm.artifacts import artifact_id, latest_checkpoint, lineage_text, save_checkpoint
 from slm.config import ModelConfig, to_dict
@@ -24,11 +23,11 @@ ROWS = [{"prompt": ask.format(thing), "completion": colour, "chosen": colour, "r
         for ask in ASKS for thing, colour in THINGS.items()]
 SIZES = "--batch-size 4 --context-length 64 --set train.save_every=4 --set train.precision=float32"
 LINES = {
-    "sft": f"sft base rows.jsonl --steps 40 --neftune 1 {SIZES}",
-    "sft-lora": f"sft base rows.jsonl --steps 40 --lora 4 {SIZES}",
-    "dpo": f"dpo base rows.jsonl --steps 40 {SIZES}",
-    "dpo-copy": f"dpo base rows.jsonl --steps 40 --loss ipo --beta 0.5 --reference copy {SIZES}",
-    "grpo": "grpo base rows.jsonl --reward mine:right --steps 16 --group 4 --prompts-per-step 2 --max-new-tokens 8 --updates 2 "
+    "sft": f"sft base rows.jsonl --steps 16 --neftune 1 {SIZES}",
+    "sft-lora": f"sft base rows.jsonl --steps 16 --lora 4 {SIZES}",
+    "dpo": f"dpo base rows.jsonl --steps 16 {SIZES}",
+    "dpo-copy": f"dpo base rows.jsonl --steps 16 --loss ipo --beta 0.5 --reference copy {SIZES}",
+    "grpo": "grpo base rows.jsonl --reward mine:right --steps 8 --group 4 --prompts-per-step 2 --max-new-tokens 8 --updates 2 "
             "--held-out 2 --set train.save_every=4 --set train.precision=float32",
 }
 
@@ -54,26 +53,26 @@ FATAL = """if True:
 """                                                                                # SIGKILL when the first checkpoint has been saved
 
 
-def start(place: Path, line: str, out: str, program: str = "") -> subprocess.Popen:
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-c", program + "import slm.cli; slm.cli.main()", *line.split(), "--out", out]
-    return subprocess.Popen(words, cwd=place, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.fixture(scope="module")
+def slm(place):
+    """A function that runs `slm LINE` in a process of its own, after the lines of another program."""
+    with forks("torch", "numba", "slm.cli", "slm.sft", "slm.dpo", "slm.grpo", "slm.sample", "slm.steps") as run:
+        yield lambda line, program="": run(program + "import slm.cli; slm.cli.main()", line.split(), place)
 
 
-def finish(process: subprocess.Popen) -> str:
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return out
+def finish(done: subprocess.CompletedProcess) -> str:
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.mark.parametrize("name", [name if name in ("sft-lora", "grpo") else pytest.param(name, marks=pytest.mark.slow) for name in LINES])
-def test_a_killed_run_goes_on_to_the_same_bits(place, name):
-    whole, loop = start(place, LINES[name], f"{name}-whole"), place / f"{name}-cut" / ("adapting" if "lora" in name else "")
-    _, err = (cut := start(place, LINES[name], f"{name}-cut", FATAL)).communicate(timeout=600)
-    assert cut.returncode == -signal.SIGKILL, err
+def test_a_killed_run_goes_on_to_the_same_bits(place, slm, name):
+    loop = place / f"{name}-cut" / ("adapting" if "lora" in name else "")
+    cut = slm(f"{LINES[name]} --out {name}-cut", FATAL)
+    assert cut.returncode == -signal.SIGKILL, cut.stderr
     assert len(list(loop.glob("step-*"))) == 1
-    finish(whole)
-    said = finish(start(place, LINES[name], f"{name}-cut"))
+    finish(slm(f"{LINES[name]} --out {name}-whole"))
+    said = finish(slm(f"{LINES[name]} --out {name}-cut"))
     assert "step" in said
     steps = [record["step"] for record in read_log(loop)]
     assert steps == sorted(set(steps)) and steps[-1] == len(steps)
@@ -84,12 +83,12 @@ def test_a_killed_run_goes_on_to_the_same_bits(place, name):
     assert artifact_id(place / "base" / "step-00000000")[:12] in tree and "base" in tree  # it knows its base by hash
 
 
-def test_lineage_of_the_last_stage_shows_every_base(place):
-    finish(start(place, f"sft base rows.jsonl --steps 2 {SIZES}", "family-sft"))
-    finish(start(place, f"dpo family-sft rows.jsonl --steps 2 {SIZES}", "family-dpo"))
-    done = subprocess.run([sys.executable, "-m", "slm.cli", "lineage", "family-dpo"], cwd=place, capture_output=True, text=True)
+def test_lineage_of_the_last_stage_shows_every_base(place, slm):
+    finish(slm(f"sft base rows.jsonl --steps 2 {SIZES} --out family-sft"))
+    finish(slm(f"dpo family-sft rows.jsonl --steps 2 {SIZES} --out family-dpo"))
+    told = finish(slm("lineage family-dpo"))
     ids = [artifact_id(latest_checkpoint(place / name))[:12] for name in ("base", "family-sft")]
-    assert done.returncode == 0 and all(i in done.stdout for i in ids) and done.stdout.index(ids[1]) < done.stdout.index(ids[0])
+    assert all(i in told for i in ids) and told.index(ids[1]) < told.index(ids[0])
 
 
 REFUSALS = [

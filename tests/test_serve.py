@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 JSON = {"Content-Type": "application/json"}
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 TEXT = "/v1/completions"
+PLAIN = {"verify": False}                              # no client needs certificates here, and to load them takes longer than to ask
 PATIENCE = 120                                         # seconds until a test gives up: only paid when something is broken
 HELLO = [{"role": "user", "content": "Who has a kite?"}]
 
@@ -94,11 +95,11 @@ def client(server):
 
 def post(url: str, body, path: str = "/v1/completions", **headers) -> httpx.Response:
     data = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
-    return httpx.post(url + path, content=data, headers=JSON | headers, timeout=PATIENCE)
+    return httpx.post(url + path, content=data, headers=JSON | headers, timeout=PATIENCE, **PLAIN)
 
 
 def get(url: str, **more) -> httpx.Response:
-    return httpx.get(url, timeout=PATIENCE, **more)
+    return httpx.get(url, timeout=PATIENCE, **PLAIN, **more)
 
 
 def comes_true(condition, seconds: float = PATIENCE, pause: float = 0.01) -> bool:
@@ -307,7 +308,7 @@ async def stream_until(url: str, tokens: int, number: int, **fields) -> int:
     """Read so many events of a long stream, then hang up; how many came."""
     body = {"prompt": "Mia", "stream": True, "max_tokens": 10**5, "user": str(number)} | fields
     seen = 0
-    async with httpx.AsyncClient(timeout=PATIENCE) as http:
+    async with httpx.AsyncClient(timeout=PATIENCE, **PLAIN) as http:
         async with http.stream("POST", url + "/v1/completions", json=body) as answer:
             if tokens == 0:
                 return 0
@@ -332,7 +333,7 @@ def test_a_client_that_leaves_frees_its_slot(lonely_server, lm):
             pass
 
     async def stay() -> list[str]:
-        async with httpx.AsyncClient(timeout=PATIENCE) as http:
+        async with httpx.AsyncClient(timeout=PATIENCE, **PLAIN) as http:
             asked = [http.post(lonely_server.url + "/v1/completions", json={"prompt": "Mia", "seed": i, "max_tokens": 20, "user": "stays"})
                      for i in range(6)]
             return [answer.json()["choices"][0]["text"] for answer in await asyncio.gather(*asked)]
@@ -453,7 +454,7 @@ def test_slow_loris_is_closed_and_disturbs_nobody(hasty_server):
 def test_health_answers_while_a_megabyte_is_read(server):
     async def both():
         times, codes = [], []
-        async with httpx.AsyncClient(timeout=PATIENCE) as http:
+        async with httpx.AsyncClient(timeout=PATIENCE, **PLAIN) as http:
             while len(times) < 20:                                                   # so many that the middle one is no accident
                 big = asyncio.create_task(http.post(server.url + "/tokenize", json={"text": "word " * 200_000}))
                 while not big.done():
@@ -524,7 +525,7 @@ def test_sigterm_ends_streams_cleanly_and_the_port_is_free_after_a_kill(folder):
 
     async def listen(number: int, begun: asyncio.Event) -> None:
         last = ""
-        async with httpx.AsyncClient(timeout=PATIENCE) as http:
+        async with httpx.AsyncClient(timeout=PATIENCE, **PLAIN) as http:
             body = {"prompt": "Mia's secret", "stream": True, "max_tokens": 4000, "seed": number}
             async with http.stream("POST", url + TEXT, json=body) as answer:
                 async for line in answer.aiter_lines():

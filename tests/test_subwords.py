@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from fake_hub import fake_hub
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -452,11 +453,19 @@ def test_a_missing_package_is_one_sentence(missing, call, monkeypatch):
         call()
 
 
-def test_names_that_cannot_be_fetched(tmp_path):
-    with pytest.raises(TokenizerError, match="no-one/no-model cannot be had as a tokenizer"):
-        HFTokenizer.from_pretrained("no-one/no-model")
-    with pytest.raises(TokenizerError, match="no-one/no-model cannot be had as a tokenizer"):
-        TransformersTokenizer.from_pretrained("no-one/no-model")
+@pytest.mark.parametrize("offline", [False, True])
+def test_names_that_cannot_be_fetched(offline, tmp_path, monkeypatch):
+    """Neither from a hub that does not know the name (one on this machine: the real one may be out of reach) nor without a network."""
+    from huggingface_hub import constants, get_session
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with fake_hub({}) as hub:
+        to_our_hub = lambda request: setattr(request, "url", request.url.copy_with(scheme="http", host="127.0.0.1", port=hub.server_port))
+        monkeypatch.setattr(get_session(), "event_hooks", {"request": [*get_session().event_hooks["request"], to_our_hub]})
+        with pytest.raises(TokenizerError, match="no-one/no-model cannot be had as a tokenizer"):
+            HFTokenizer.from_pretrained("no-one/no-model")
+        with pytest.raises(TokenizerError, match="no-one/no-model cannot be had as a tokenizer"):
+            TransformersTokenizer.from_pretrained("no-one/no-model")
+        assert any("no-one/no-model" in path for path, _ in hub.asked) is not offline
     with pytest.raises(TokenizerError, match="tiktoken has no encoding 'gpt9'"):
         TiktokenTokenizer("gpt9")
     with pytest.raises(SLMError, match="no such file"):
