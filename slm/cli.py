@@ -89,7 +89,7 @@ def project_root() -> Path:
 
 # %% ../nbs/98z_cli.ipynb #51f015ee
 CHECKS: dict[str, tuple[str, list[str]]] = {
-    "export": ("slm/ is what the notebooks export", ["-m", "pytest", "tests/test_style.py", "-k", "package_is_what"]),
+    "export": ("slm/ is what the notebooks export", ["-m", "pytest", "tests/test_style.py::test_package_is_what_the_notebooks_export"]),
     "ruff": ("no lint", ["-m", "ruff", "check", "--output-format", "concise", "."]),
     "notebooks": ("every notebook runs", ["-c", "from nbdev.test import nbdev_test; nbdev_test(n_workers=2)"]),
     "pytest": ("every test passes", ["-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]),

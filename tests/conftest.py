@@ -4,8 +4,9 @@ import signal
 
 import pytest
 
-# Files of a minute and more come first, so that no worker is left with one when the rest is done; --no-loadscope-reorder keeps this order.
-LONGEST = ("test_run.py", "test_resume.py", "test_data.py", "test_serve.py", "test_posttrain_cli.py", "test_distributed.py")
+# The longest files come first, so that no worker is left with one when the rest is done; --no-loadscope-reorder keeps this order.
+LONGEST = [f"test_{name}.py" for name in ("run", "serve", "fast_tokenizer", "cli", "tokenizer", "style", "sample", "pretrain", "evaluate",
+                                          "data", "model", "distributed", "chat_page", "subwords")]
 
 
 def pytest_configure(config):

@@ -77,7 +77,7 @@ def server(lm):
 @pytest.fixture(scope="module")
 def hasty_server(lm):
     """With limits that a test can wait for, and that an honest client keeps even when the machine stands still for a while."""
-    with serving(lm, 5) as background:
+    with serving(lm, 2) as background:
         yield background
 
 

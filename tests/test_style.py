@@ -16,7 +16,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -67,7 +67,7 @@ class Cell:
     def lines(self) -> int:
         return sum(bool(line.strip()) and not line.startswith("#|") for line in self.source.splitlines())
 
-    @property
+    @cached_property
     def tree(self) -> ast.Module:
         plain = "\n".join("pass" if re.match(r"\s*[%!]", line) else line for line in self.source.splitlines())
         try:
