@@ -125,7 +125,7 @@ def test_twenty_kills(prepare, here):
 
 
 def test_a_flipped_byte_in_any_shard_is_named_before_training(here):
-    expect_ok("data prepare storyworld --max-docs 80 --vocab-size 300 --val-fraction 0.1 --shard-tokens 5000 --out s")
+    expect_ok("data prepare storyworld --max-docs 80 --part-megabytes 0.1 --vocab-size 300 --val-fraction 0.1 --shard-tokens 5000 --out s")
     for shard in sorted(Path("s/pack").glob("*.bin")):
         good = shard.read_bytes()
         shard.write_bytes(good[:7] + bytes([good[7] ^ 16]) + good[8:])
@@ -192,13 +192,13 @@ def test_dtype_overflow_and_other_wishes_are_refused(here):
 
 
 def test_npy_export_is_the_pack(here):
-    expect_ok("data prepare storyworld --max-docs 60 --vocab-size 300 --val-fraction 0.1 --dtype uint32 --npy --out s")
+    expect_ok("data prepare storyworld --max-docs 60 --part-megabytes 0.1 --vocab-size 300 --val-fraction 0.1 --dtype uint32 --npy --out s")
     [shard] = Pack("s/pack").tokens("train")
     assert np.array_equal(np.load("s/npy/train-00000.npy"), shard) and shard.dtype == np.uint32
 
 
 def test_loader_is_a_function_of_seed_and_step(here):
-    expect_ok("data prepare storyworld --max-docs 60 --vocab-size 300 --val-fraction 0.1 --out s")
+    expect_ok("data prepare storyworld --max-docs 60 --part-megabytes 0.1 --vocab-size 300 --val-fraction 0.1 --out s")
     for rule in (*ROWS, "random"):
         one, other = (Loader(Pack("s/pack"), "train", 64, 4, rule, seed=seed) for seed in (0, 1))
         again = Loader(Pack("s/pack"), "train", 64, 4, rule)
@@ -207,7 +207,7 @@ def test_loader_is_a_function_of_seed_and_step(here):
 
 
 def test_training_takes_its_rows_from_the_loader(here):
-    expect_ok("data prepare storyworld --max-docs 60 --vocab-size 300 --val-fraction 0.1 --out s")
+    expect_ok("data prepare storyworld --max-docs 60 --part-megabytes 0.1 --vocab-size 300 --val-fraction 0.1 --out s")
     words = "pretrain s/pack --preset tiny --steps 2 --batch-size 2 --context-length 64 --quiet --out"
     for number, rule in enumerate((*ROWS, "random")):
         expect_ok(f"{words} r{number} --rows {rule} --masks")

@@ -144,12 +144,16 @@ def browser():
     return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
 
 
+@pytest.fixture(scope="module")
+def look(lm, tmp_path_factory):
+    return write_inspection(lm, "Mia and Tom went to the pond. <b>Tom</b> gave a boat to Mia.", tmp_path_factory.mktemp("page") / "look")
+
+
 @pytest.mark.skipif(browser() is None, reason="no Chromium")
 @pytest.mark.parametrize("dark", [False, True])
-def test_the_page_runs_without_network_and_without_an_error(lm, tmp_path, dark):
-    files = write_inspection(lm, "Mia and Tom went to the pond. <b>Tom</b> gave a boat to Mia.", tmp_path / "look")
-    html = files[0].read_text("utf-8")
-    assert not re.search(r"https?://", html) and len(files) >= 6
+def test_the_page_runs_without_network_and_without_an_error(lm, look, tmp_path, dark):
+    html = look[0].read_text("utf-8")
+    assert not re.search(r"https?://", html) and len(look) >= 6
     spy = "window.onerror=(...a)=>{document.title='ERROR '+a[0]};"
     (tmp_path / "spied.html").write_text(html.replace('<script>', f"<script>{spy}", 1).replace("</body>", "<script>"
         "document.querySelectorAll('.text span,figure,td').forEach(e=>e.click());document.getElementById('theme').click();"

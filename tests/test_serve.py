@@ -519,9 +519,12 @@ def lonely_port() -> int:
             return port
 
 
-def test_sigterm_ends_streams_cleanly_and_the_port_is_free_after_a_kill(folder):
-    process, url = start(folder)
-    ends: list[str] = []
+def test_the_port_is_free_after_a_kill_and_sigterm_ends_streams_cleanly(folder):
+    port, ends = lonely_port(), []
+    process, url = start(folder, port)
+    process.kill(), process.wait()
+    process, url = start(folder, port)                                              # at once, on the same port
+    assert get(url + "/health").status_code == 200
 
     async def listen(number: int, begun: asyncio.Event) -> None:
         last = ""
@@ -546,13 +549,6 @@ def test_sigterm_ends_streams_cleanly_and_the_port_is_free_after_a_kill(folder):
     assert len(ends) == 4 and all(end == "data: [DONE]" or "shutting down" in end for end in ends), ends
     log = process.stderr.read() + process.stdout.read()
     assert "Traceback" not in log and "secret" not in log                            # not a word of what was asked
-    port = lonely_port()
-    process, url = start(folder, port)
-    process.kill(), process.wait()
-    process, url = start(folder, port)                                              # at once, on the same port
-    assert get(url + "/health").status_code == 200
-    process.terminate()
-    assert process.wait(PATIENCE) == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------- load
